@@ -1,0 +1,1 @@
+"""farskip_fx: FarSkip connectivity for Mixture-of-Experts models, as a torch.compile graph transformation."""
