@@ -1,0 +1,76 @@
+"""What one bench run is asked to do: a frozen dataclass that travels to the ranks as JSON."""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+MODES = ("forward", "train")
+VARIANTS = ("stock", "inductor_overlap", "rewired_stock", "farskip")
+WORLD = 2                                   # the link has two ends
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The Qwen3-MoE that is measured. ``tokens`` are per rank, in one sequence."""
+
+    layers: int = 4
+    hidden: int = 512
+    tokens: int = 2048
+    experts: int = 8
+    top_k: int = 2
+    moe_intermediate: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    vocab: int = 512
+
+    def check(self) -> None:
+        """Raise ValueError for a model that two ranks cannot share."""
+        for name in ("layers", "hidden", "tokens", "experts", "top_k", "moe_intermediate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.experts % WORLD:
+            raise ValueError(f"--experts {self.experts} cannot be split over {WORLD} ranks; take a multiple of {WORLD}")
+        if self.top_k > self.experts:
+            raise ValueError(f"--top-k {self.top_k} is more than --experts {self.experts}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    forward: Shape = Shape()
+    train: Shape = Shape(layers=3, tokens=1024)
+    modes: tuple[str, ...] = MODES
+    variants: tuple[str, ...] = VARIANTS
+    ratios: tuple[float, ...] = (0.5,)       # comm-only over compute-only; the first is the one that `slow` names
+    connectivity: str = "farskip"
+    exchange: str = "all_to_all"
+    inner: str = "inductor"                  # what our backend hands its graph to; tests use "aot_eager"
+    rounds: int = 8
+    budget_s: float = 90.0                   # time for the rounds of one mode; fewer rounds when they do not fit
+    seed: int = 0
+    silence_s: float = 900.0                 # no word from any rank for this long ends the run
+
+    def shape(self, mode: str) -> Shape:
+        return self.train if mode == "train" else self.forward
+
+    def check(self) -> None:
+        for mode in self.modes:
+            self.shape(mode).check()
+        for what, given, known in (("mode", self.modes, MODES), ("variant", self.variants, VARIANTS)):
+            unknown = [name for name in given if name not in known]
+            if unknown or not given:
+                raise ValueError(f"unknown {what} {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")
+        if not self.ratios or min(self.ratios) <= 0:
+            raise ValueError("--comm-ratio must be above 0: it is the exchanges' time over the compute's")
+        if self.rounds < 1:
+            raise ValueError("--rounds must be at least 1")
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def read(path: Path) -> "Spec":
+        data = json.loads(path.read_text())
+        tuples = {name: tuple(data[name]) for name in ("modes", "variants", "ratios")}
+        return replace(Spec(**data), forward=Shape(**data["forward"]), train=Shape(**data["train"]), **tuples)
