@@ -1,0 +1,505 @@
+"""What a rewired model must compute, written down as a plain loop over the decoder layers of a transformers model.
+
+    logits = oracle("qwen3_moe", model, inputs, "farskip", layers=range(1, 3))
+
+This file is the definition that the graph passes are tested against, so it shares nothing with them: it imports neither
+farskip_fx nor passes, it knows every model by name, and it calls the model's own submodules in eager mode.
+
+Terms.  *R*: the residual stream.  A decoder layer is two blocks, ATTENTION (or linear attention, or Mamba) and MLP (or
+MoE).  A block *reads* a state of the stream, computes a *contribution*, and an *update* makes the next state:
+
+    R' = update(R,  attention(read(A)))        A = what attention may see: R, or a state that lacks the MLP before it
+    R  = update(R', routed + ready)            ready = the shared expert, or all of a dense MLP: waits for no exchange
+
+Steps.  1. Run the model once and record what it hands to each mixer (masks, rotary tables): none of it depends on the
+connectivity.  2. Walk the layers with READS[connectivity].  3. Let the model compute its own norm and head from R.
+
+Gradients flow through the oracle; put it under torch.no_grad() where they are not wanted.
+"""
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION, MLP = "attention", "mlp"
+
+# What each block reads: "full" (as the model has it), "outdated" (the state before the block in front of it), or
+# "partial" (that block's update with the routed experts left out).
+READS = {  # connectivity: (attention k, MLP k)
+    "none": ("full", "full"),
+    "farskip": ("partial", "outdated"),
+    "attn_only": ("partial", "full"),
+    "mlp_only": ("full", "outdated"),
+    "ladder": ("outdated", "outdated"),
+}
+
+
+class Undefined(Exception):
+    """The connectivity asks for a state of the stream that this model's update does not have."""
+
+
+class Contribution(NamedTuple):
+    """What an MLP adds to the stream, split by when it is there. None: the layer has no such part."""
+
+    routed: Tensor | None  # needs the exchange between the ranks
+    ready: Tensor | None   # shared expert or dense MLP: local to the rank
+
+
+def oracle(family: str, model: nn.Module, inputs: dict, connectivity: str,
+           layers: Collection[int] | None = None) -> Tensor:
+    """Logits of `model` under a connectivity; `layers` are the decoder layers it converts (None: all of them)."""
+    attention_reads, mlp_reads = READS[connectivity]
+    shape = shape_of(family)
+    record = Record(shape, model, inputs)
+    converted = set(range(len(record.layers))) if layers is None else set(layers)
+
+    R = record.embedded
+    before_mlp, contribution, carried = None, None, None  # of the layer in front: R', its MLP's output, shared indices
+    for k, layer in enumerate(record.layers):
+        A = R
+        if k in converted and k - 1 in converted:
+            A = read_of_attention(shape, record.layers[k - 1], attention_reads, R, before_mlp, contribution)
+        mixed, carried = attend(shape, layer, record, A, carried)
+
+        R_before_attention, before_mlp = R, shape.update(layer.attention, ATTENTION, R, mixed)
+        mlp_state = before_mlp
+        if shape.parallel or (k in converted and mlp_reads == "outdated"):
+            mlp_state = R_before_attention
+        contribution = contribute(shape, layer, record, mlp_state)
+        R = shape.update(layer.mlp, MLP, before_mlp, add_parts(contribution, R.dtype))
+    return record.logits(R)
+
+
+def layer_kinds(family: str, model: nn.Module) -> list[dict]:
+    """dense: no routed experts; shared: a shared expert beside them. One entry per decoder layer."""
+    shape = shape_of(family)
+    kinds = []
+    for layer in layers_of(shape, model):
+        moe = is_moe(shape, layer)
+        kinds.append(dict(dense=not moe, shared=moe and shape.has_shared(layer)))
+    return kinds
+
+
+def read_of_attention(shape, layer_in_front, how, R, before_mlp, contribution) -> Tensor:
+    if how == "full":
+        return R
+    if how == "outdated":
+        return before_mlp
+    if contribution.routed is None:  # a dense MLP is in flight nowhere: the partial state is the whole one
+        return R
+    if shape.nonlinear and contribution.ready is not None:
+        raise Undefined(shape.nonlinear)
+    return shape.update(layer_in_front.mlp, MLP, before_mlp, contribution.ready)
+
+
+def attend(shape, layer, record, state, carried) -> tuple[Tensor, object]:
+    """The mixer's output, and the top-k indices that sparse attention passes on to the next layer (None elsewhere)."""
+    call = record.calls[shape.mixer_of(layer)]
+    kwargs = dict(call.kwargs)
+    if "prev_topk_indices" in kwargs:  # computed from the stream, so the recorded ones belong to the other connectivity
+        kwargs["prev_topk_indices"] = carried
+    out = call.repeat(shape.read(shape, layer.attention, ATTENTION, state), kwargs)
+    if not isinstance(out, tuple):
+        return out, None
+    return out[0], out[2] if len(out) == 3 else None
+
+
+def contribute(shape, layer, record, state) -> Contribution:
+    x = shape.read(shape, layer.mlp, MLP, state)
+    if not is_moe(shape, layer):
+        return Contribution(None, shape.dense(shape, layer)(x))
+    routed, ready = shape.split(shape, layer.mlp, x, record)
+    return Contribution(routed.reshape(x.shape), None if ready is None else ready.reshape(x.shape))
+
+
+def add_parts(contribution: Contribution, dtype) -> Tensor:
+    """Reference association of the paper: the stream gets (routed + shared) as one term."""
+    parts = [part for part in contribution if part is not None]
+    return sum(parts[1:], parts[0]).to(dtype)
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+class Call(NamedTuple):
+    module: nn.Module
+    args: tuple
+    kwargs: dict
+
+    def repeat(self, hidden_states: Tensor, kwargs: dict | None = None):
+        """The same call on another hidden state, which is the first argument or the one of that name."""
+        kwargs = self.kwargs if kwargs is None else kwargs
+        if self.args:
+            return self.module(hidden_states, *self.args[1:], **kwargs)
+        return self.module(**{**kwargs, "hidden_states": hidden_states})
+
+
+class Layer(NamedTuple):
+    """The modules that hold the two blocks of a decoder layer: nearly always the same one."""
+
+    attention: nn.Module
+    mlp: nn.Module
+
+
+class Record:
+    """One run of the unchanged model: the embedded tokens, and the call of every mixer and MLP."""
+
+    def __init__(self, shape: "Shape", model: nn.Module, inputs: dict):
+        self.shape, self.model, self.inputs = shape, model, inputs
+        self.layers = layers_of(shape, model)
+        self.calls: dict[nn.Module, Call] = {}
+        first = self.layers[0].attention
+        watched = {first}
+        for layer in self.layers:
+            watched |= {shape.mixer_of(layer), shape.mlp_of(layer)} - {None}
+        handles = [module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in watched]
+        try:
+            model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        call = self.calls[first]
+        self.embedded = call.args[0] if call.args else call.kwargs["hidden_states"]
+
+    def _keep(self, module, args, kwargs):
+        self.calls[module] = Call(module, args, kwargs)
+
+    def logits(self, R: Tensor) -> Tensor:
+        """The model's own final norm, head, soft-capping and so on, given the stream after its last layer."""
+        def swap(module, args, out):
+            return (R, *out[1:]) if isinstance(out, tuple) else R
+
+        handle = self.layers[-1].mlp.register_forward_hook(swap)
+        try:
+            return self.model(**self.inputs)["logits"]
+        finally:
+            handle.remove()
+
+
+def layers_of(shape: "Shape", model: nn.Module) -> list[Layer]:
+    stack = list(model.get_submodule(shape.stack))
+    if not shape.one_block_per_module:
+        return [Layer(module, module) for module in stack]
+    layers = [Layer(*pair) for pair in zip(stack[0::2], stack[1::2])]
+    mixers_and_moes = [block.block_type in ("moe", "mlp") for block in stack]
+    assert mixers_and_moes == [False, True] * len(layers), "blocks must alternate: a mixer, then an MLP or MoE"
+    return layers
+
+
+def is_moe(shape: "Shape", layer: Layer) -> bool:
+    return getattr(shape.mlp_of(layer), shape.experts, None) is not None
+
+
+# --- reads and updates of the stream ---------------------------------------------------------------------------------
+def norm(shape, holder, block, state):
+    """x = norm(R), the pre-norm of all plain families."""
+    name = shape.norms[block]
+    return state if name is None else holder.get_submodule(name)(state)
+
+
+def add(holder, block, state, contribution):
+    return state if contribution is None else state + contribution
+
+
+def add_multiplied(holder, block, state, contribution):  # granite
+    return state if contribution is None else state + contribution * holder.residual_multiplier
+
+
+def add_to_scaled(holder, block, state, contribution):  # doge: the scale is on the stream, so it stays in every read
+    scaled = (holder.input_residual if block == ATTENTION else holder.post_attention_residual) * state
+    return scaled if contribution is None else scaled + contribution
+
+
+def add_convolved(holder, block, state, contribution):  # inkling: a causal depthwise convolution without bias is linear
+    convolution = holder.attn_sconv if block == ATTENTION else holder.mlp_sconv
+    return state if contribution is None else state + convolution(contribution)
+
+
+def add_normed(attention: str, mlp: str):  # sandwich: R + postnorm(f)
+    def update(holder, block, state, contribution):
+        post_norm = holder.get_submodule(attention if block == ATTENTION else mlp)
+        return state if contribution is None else state + post_norm(contribution)
+    return update
+
+
+def hyper_connection(holder, block):
+    return holder.attn_hc if block == ATTENTION else holder.ffn_hc
+
+
+def collapse_and_norm(shape, holder, block, state):
+    _, _, collapsed = hyper_connection(holder, block)(state)
+    return norm(shape, holder, block, collapsed)
+
+
+def expand_and_mix(holder, block, state, contribution):
+    """The weights are made from the state that is updated, never from the one that was read."""
+    post, comb, _ = hyper_connection(holder, block)(state)
+    mixed = torch.matmul(comb.to(state.dtype).transpose(-1, -2), state)
+    if contribution is None:
+        return mixed
+    return post.to(state.dtype).unsqueeze(-1) * contribution.unsqueeze(-2) + mixed
+
+
+# --- MoE blocks: (routed, shared or None) ----------------------------------------------------------------------------
+def route(shape, moe, x, *gate_extra) -> Tensor:
+    """gate(x) -> (logits, weights, indices); experts(x, indices, weights)."""
+    flat = x.reshape(-1, x.shape[-1])
+    _, weights, indices = moe.get_submodule(shape.router)(flat, *gate_extra)
+    return moe.get_submodule(shape.experts)(flat, indices, weights)
+
+
+def shared_of(shape, moe, x) -> Tensor | None:
+    shared = getattr(moe, shape.shared, None) if shape.shared else None
+    return None if shared is None else shared(x.reshape(-1, x.shape[-1]))
+
+
+def common(shape, holder, x, record):
+    moe = holder.get_submodule(shape.mlp)
+    return route(shape, moe, x), shared_of(shape, moe, x)
+
+
+def scaled_routed(factor: str):
+    def split(shape, holder, x, record):
+        moe = holder.get_submodule(shape.mlp)
+        return route(shape, moe, x) * getattr(moe, factor), shared_of(shape, moe, x)
+    return split
+
+
+def gated_shared(shape, holder, x, record):
+    moe = holder.get_submodule(shape.mlp)
+    gate = torch.sigmoid(moe.shared_expert_gate(x.reshape(-1, x.shape[-1])))
+    return route(shape, moe, x), gate * shared_of(shape, moe, x)
+
+
+def afmoe(shape, holder, x, record):
+    moe = holder.mlp
+    _, weights, indices = moe.router(x, moe.expert_bias)  # this router wants (batch, tokens, hidden)
+    return moe.experts(x.reshape(-1, x.shape[-1]), indices, weights), shared_of(shape, moe, x)
+
+
+def cohere2_moe(shape, holder, x, record):
+    routed, shared = common(shape, holder, x, record)
+    if shared is not None and holder.mlp.shared_expert_combination_strategy == "average":
+        return routed / 2, shared / 2  # exact: a power of two
+    return routed, shared
+
+
+def dbrx(shape, holder, x, record):
+    ffn = holder.ffn
+    return ffn.experts(x, *reversed(ffn.route_tokens_to_experts(ffn.router(x)))), None
+
+
+def deepseek_v4(shape, holder, x, record):
+    moe = holder.mlp
+    hashed = (record.calls[moe].kwargs["input_ids"],) if moe.is_hash else ()  # hash layers route by token, not by state
+    _, weights, indices = moe.gate(x, *hashed)
+    return moe.experts(x.reshape(-1, x.shape[-1]), indices, weights), moe.shared_experts(x)
+
+
+def doge(shape, holder, x, record):
+    """Routed experts are single neurons in two embedding tables; the shared expert is the dense MLP beside them."""
+    moe = holder.mlp
+    tokens = x.shape[0] * x.shape[1]
+    halves = moe.router_gate(x).view(2, tokens, -1)
+    (scores_x, scores_y), (indices_x, indices_y) = halves.topk(moe.num_keys, dim=-1)
+    scores = (scores_x.unsqueeze(-1) + scores_y.unsqueeze(-2)).flatten(-2)
+    indices = (indices_x.unsqueeze(-1) * moe.num_keys + indices_y.unsqueeze(-2)).flatten(-2)
+    scores, chosen = scores.topk(moe.top_k, dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    if moe.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    experts = indices.gather(-1, chosen)
+    hidden = torch.matmul(moe.down_embed(experts), x.reshape(tokens, -1, 1)).view(tokens, -1)
+    routed = torch.matmul((moe.act_fn(hidden) * weights).view(tokens, 1, -1), moe.up_embed(experts))
+    return routed, moe.down_proj(moe.act_fn(moe.gate_proj(x)) * moe.up_proj(x))
+
+
+def ernie4_5_vl_moe(shape, holder, x, record):
+    moe = holder.mlp
+    return route(replace(shape, experts="experts"), moe.text_moe, x), shared_of(shape, moe, x)
+
+
+def shared_beside(shape, holder, x, record):  # granite: the shared MLP is a sibling of the MoE block
+    moe = holder.get_submodule(shape.mlp)
+    return route(shape, moe, x), None if holder.shared_mlp is None else holder.shared_mlp(x)
+
+
+def hy_v3(shape, holder, x, record):
+    moe = holder.mlp
+    routed, shared = route(shape, moe, x, moe.e_score_correction_bias), shared_of(shape, moe, x)
+    return (routed.float(), shared.float()) if moe.enable_moe_fp32_combine else (routed, shared)
+
+
+def inkling(shape, holder, x, record):
+    moe = holder.mlp
+    _, weights, indices, shared_weights = moe.gate(x)
+    return moe.experts(x.reshape(-1, x.shape[-1]), indices, weights), moe.shared_experts(x, gammas=shared_weights)
+
+
+def llama4(shape, holder, x, record):
+    """Every expert sees every token, scaled by its score: no gather, so the routed part is a sum over the experts."""
+    moe = holder.feed_forward
+    flat = x.reshape(-1, x.shape[-1])
+    scores, _ = moe.router(flat)
+    experts = scores.shape[1]
+    outputs = moe.experts(flat.repeat(experts, 1) * scores.transpose(0, 1).reshape(-1, 1))
+    return outputs.reshape(experts, -1, outputs.shape[-1]).sum(dim=0), moe.shared_expert(flat)
+
+
+def nemotron_h(shape, holder, x, record):
+    moe = holder.mixer
+    _, weights, indices = moe.gate(x)
+    latent = moe.fc1_latent_proj(x.reshape(-1, x.shape[-1]))
+    return moe.fc2_latent_proj(moe.experts(latent, indices, weights)), moe.shared_experts(x)
+
+
+# --- one row of data per family --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Shape:
+    """Where a family keeps its parts, and how they meet the stream. The defaults are DeepSeek's and Qwen's names."""
+
+    stack: str = "model.layers"
+    mixers: tuple[str, ...] = ("self_attn", "linear_attn", "mamba")  # a layer has one of them
+    mlp: str = "mlp"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    router: str = "gate"
+    experts: str = "experts"             # a layer without this attribute is dense
+    shared: str | None = "shared_experts"
+    split: Callable = common
+    read: Callable = norm
+    update: Callable = add
+    nonlinear: str = ""                  # why the update has no partial state; empty where it is linear
+    parallel: bool = False               # attention and MLP read the same state in the model itself
+    one_block_per_module: bool = False   # two modules of the stack make one decoder layer
+    shared_in_layer: bool = False        # `shared` is an attribute of the layer, not of its MoE block
+    always_shared: bool = False          # the shared expert has no module of its own
+
+    @property
+    def norms(self):
+        return {ATTENTION: self.attention_norm, MLP: self.mlp_norm}
+
+    def mixer_of(self, layer: Layer) -> nn.Module:
+        for name in self.mixers:
+            try:
+                return layer.attention.get_submodule(name)
+            except AttributeError:
+                pass
+        raise AttributeError(f"{type(layer.attention).__name__} has none of {self.mixers}")
+
+    def mlp_of(self, layer: Layer) -> nn.Module | None:
+        return getattr(layer.mlp, self.mlp, None)
+
+    def has_shared(self, layer: Layer) -> bool:
+        holder = layer.mlp if self.shared_in_layer else self.mlp_of(layer)
+        return self.always_shared or (bool(self.shared) and getattr(holder, self.shared, None) is not None)
+
+    def dense(self, shape: "Shape", layer: Layer) -> nn.Module:
+        mlp = self.mlp_of(layer)
+        return layer.mlp.shared_mlp if mlp is None else mlp  # granite without experts keeps only its shared MLP
+
+
+QWEN_GATED = dict(shared="shared_expert", split=gated_shared)
+SCALED_ROUTED = dict(split=scaled_routed("routed_scaling_factor"))
+GRANITE = dict(mlp="block_sparse_moe", router="router", shared="shared_mlp", split=shared_beside,
+               shared_in_layer=True, update=add_multiplied)
+HYPER = dict(read=collapse_and_norm, update=expand_and_mix)
+POST_NORM = "a norm stands over the sum of routed and shared experts: the shared part alone has no place in the stream"
+
+PLAIN_SHAPES = {
+    "aria": Shape(router="router"),
+    "axk2": Shape(),
+    "bailing_hybrid": Shape(),
+    "dbrx": Shape("transformer.blocks", ("norm_attn_norm.attn",), "ffn", "norm_attn_norm.norm_1",
+                  "norm_attn_norm.norm_2", shared=None, split=dbrx),
+    "deepseek_ocr2": Shape(),
+    "deepseek_v2": Shape(),
+    "deepseek_v3": Shape(),
+    "deepseek_v32": Shape(),
+    "dots3_note": Shape(),
+    "ernie4_5_moe": Shape(),
+    "ernie4_5_vl_moe": Shape(experts="text_moe", split=ernie4_5_vl_moe),
+    "exaone_moe": Shape(),
+    "flint": Shape(shared="shared_expert"),
+    "glm4_moe": Shape(),
+    "glm4_moe_lite": Shape(),
+    "glm4v_moe": Shape(),
+    "glm_moe_dsa": Shape(),
+    "gpt_oss": Shape(router="router"),
+    "hy_v3": Shape(split=hy_v3),
+    "jamba": Shape(mlp="feed_forward", mlp_norm="pre_ff_layernorm", router="router"),
+    "laguna": Shape(**SCALED_ROUTED),
+    "llama4": Shape(mlp="feed_forward", shared="shared_expert", split=llama4),
+    "mellum": Shape(),
+    "mimo_v2_flash": Shape(),
+    "minimax_m3_vl": Shape(**SCALED_ROUTED),
+    "mistral4": Shape(),
+    "mistral_large4": Shape(),
+    "mixtral": Shape(),
+    "nemotron_h": Shape(mixers=("mixer",), mlp="mixer", attention_norm="norm", mlp_norm="norm",
+                        split=nemotron_h, one_block_per_module=True),
+    "olmoe": Shape(),
+    "openai_privacy_filter": Shape(router="router", split=scaled_routed("num_experts")),
+    "qwen2_moe": Shape(**QWEN_GATED),
+    "qwen3_moe": Shape(),
+    "qwen3_next": Shape(**QWEN_GATED),
+    "qwen3_omni_moe": Shape(),
+    "qwen3_omni_moe_talker": Shape(**QWEN_GATED),
+    "qwen3_vl_moe": Shape(),
+    "step3p7": Shape(**SCALED_ROUTED),
+    "unlimited_ocr": Shape(),
+}
+LINEAR_SHAPES = {  # not x + f(norm(x)), but the update is linear in the contribution: every connectivity is defined
+    "doge": Shape(experts="router_gate", split=doge, update=add_to_scaled, always_shared=True),
+    "granitemoe": Shape(**{**GRANITE, "split": common, "shared": None}),
+    "granitemoe_swa": Shape(**GRANITE),
+    "granitemoehybrid": Shape(**GRANITE),
+    "granitemoeshared": Shape(**GRANITE),
+    "inkling": Shape(split=inkling, update=add_convolved),
+}
+PARALLEL_SHAPES = {  # x + attention(norm(x)) + mlp(norm(x)), one norm for both
+    "cohere2_moe": Shape(mlp_norm="input_layernorm", split=cohere2_moe, parallel=True),
+}
+SANDWICH_SHAPES = {  # a norm after the block: outdated reads are defined, partial ones only without a shared expert
+    "afmoe": Shape(mlp_norm="pre_mlp_layernorm", split=afmoe, nonlinear=POST_NORM,
+                   update=add_normed("post_attention_layernorm", "post_mlp_layernorm")),
+    "flex_olmo": Shape(attention_norm=None, mlp_norm=None, nonlinear=POST_NORM,
+                       update=add_normed("post_attention_layernorm", "post_feedforward_layernorm")),
+    "kolibri1": Shape(nonlinear=POST_NORM, update=add_normed("post_self_attn_layernorm", "post_mlp_layernorm")),
+}
+HYPER_SHAPES = {  # several streams side by side, mixed by weights that are made from the stream
+    "deepseek_v4": Shape(split=deepseek_v4, **HYPER),
+    "glm5_next": Shape(**HYPER),
+}
+SHAPES = {**PLAIN_SHAPES, **LINEAR_SHAPES, **PARALLEL_SHAPES, **SANDWICH_SHAPES, **HYPER_SHAPES}
+
+PLAIN = tuple(PLAIN_SHAPES)
+LINEAR, PARALLEL = tuple(LINEAR_SHAPES), tuple(PARALLEL_SHAPES)
+SANDWICH, HYPER_CONNECTED = tuple(SANDWICH_SHAPES), tuple(HYPER_SHAPES)
+DEFINED = tuple(SHAPES)  # families that the oracle can run, for some connectivity at least
+
+NOT_PLAIN = {
+    "afmoe": "sandwich norms: post_attention_layernorm and post_mlp_layernorm stand between each block and the stream",
+    "cohere2_moe": "parallel block: attention and MLP read one and the same normed stream",
+    "deepseek_v4": "manifold-constrained hyper-connections: hc_mult streams, mixed before and after each block",
+    "diffusion_gemma": "sandwich norms over dense MLP + experts, and the whole stream is scaled by layer_scalar",
+    "doge": "residual scales: each block multiplies the stream by a learned vector before it adds",
+    "flex_olmo": "post-norm only: blocks read the stream itself and a norm stands between each block and the stream",
+    "gemma4": "sandwich norms over dense MLP + experts, a third block (per-layer input) and layer_scalar on the stream",
+    "glm5_next": "hyper-connections: hc_mult streams, mixed before and after each block",
+    "granitemoe": "residual_multiplier: the stream gets a fixed multiple of each contribution",
+    "granitemoe_swa": "residual_multiplier: the stream gets a fixed multiple of each contribution",
+    "granitemoehybrid": "residual_multiplier: the stream gets a fixed multiple of each contribution",
+    "granitemoeshared": "residual_multiplier: the stream gets a fixed multiple of each contribution",
+    "inkling": "a short convolution over the tokens stands between each block and the stream",
+    "kolibri1": "sandwich norms: post_self_attn_layernorm, post_mlp_layernorm stand between each block and the stream",
+    "nllb_moe": "encoder and decoder: two streams, and a decoder layer has three blocks (cross-attention)",
+    "qwen4_exp": "hyper-connections (GatedResidual), and some layers add an n-gram embedding that reads the stream",
+    "switch_transformers": "encoder and decoder: two streams, and a decoder layer has three blocks (cross-attention)",
+}
+
+
+def shape_of(family: str) -> Shape:
+    if family not in SHAPES:
+        raise Undefined(NOT_PLAIN.get(family, f"no oracle was written for {family}"))
+    return SHAPES[family]
