@@ -33,4 +33,5 @@ class Parent:
 def settle() -> None:
     """Take this rank's core, and die with the parent: a rank left behind would disturb every later measurement."""
     os.sched_setaffinity(0, {int(os.environ["FARSKIP_BENCH_CORE"])})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)       # Ctrl-C reaches us too; ending us is the parent's work
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -1,0 +1,118 @@
+"""The model's own exchanges, recorded once and repeated alone.
+
+``record`` runs a model and notes every functional collective with its sizes and splits; ``replay`` repeats them with
+nothing between, which is what "comm-only" means.
+"""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SMALL_BYTES = 4096                         # below it an exchange is latency, above it bandwidth
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A tensor argument without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class Exchange:
+    op: Any
+    args: tuple
+
+    @property
+    def kind(self) -> str:
+        return self.op._schema.name.split("::")[-1]
+
+    @property
+    def payload(self) -> Stub:
+        return next(arg for arg in self.args if isinstance(arg, Stub))
+
+    def leaving(self, rank: int, world: int) -> float:
+        """Bytes that this rank puts on the link."""
+        whole = self.payload.bytes
+        if self.kind == "all_to_all_single":
+            splits = self.args[2]
+            rows = sum(splits)
+            if rows:
+                return whole * (rows - splits[rank]) / rows
+            return whole * (world - 1) / world if not splits else 0.0
+        if self.kind == "all_gather_into_tensor":
+            return whole * (world - 1)
+        if self.kind == "reduce_scatter_tensor":
+            return whole * (world - 1) / world
+        if self.kind.startswith("all_reduce"):
+            return 2 * whole * (world - 1) / world
+        raise ValueError(f"the lab does not know how many bytes {self.kind} sends; add it to Exchange.leaving")
+
+    @property
+    def small(self) -> bool:
+        return self.payload.bytes <= SMALL_BYTES
+
+    def run(self) -> None:
+        args = [torch.zeros(arg.shape, dtype=arg.dtype) if isinstance(arg, Stub) else arg for arg in self.args]
+        torch.ops._c10d_functional.wait_tensor(self.op(*args))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Exchange] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func._schema.name
+        if name.startswith("_c10d_functional::") and not name.endswith("wait_tensor"):
+            self.seen.append(Exchange(func, tuple(_stub(arg) for arg in args)))
+        return func(*args, **(kwargs or {}))
+
+
+def _stub(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return Stub(tuple(arg.shape), arg.dtype)
+    return list(arg) if isinstance(arg, (list, tuple)) else arg
+
+
+def record(*phases: Callable[[], Any]) -> list[list[Exchange]]:
+    """The exchanges of each phase (forward; then backward, say), in the order in which they ran."""
+    found = []
+    with _Recorder() as recorder:
+        for phase in phases:
+            phase()
+            found.append(list(recorder.seen))
+            recorder.seen.clear()
+    return found
+
+
+def replay(exchanges: list[Exchange]) -> list[float]:
+    """Seconds of each exchange, the slowest rank's, run one after another with nothing between."""
+    dist.barrier()
+    times = []
+    for exchange in exchanges:
+        start = time.perf_counter()
+        exchange.run()
+        times.append(time.perf_counter() - start)
+    return slowest(times)
+
+
+def slowest(times: list[float]) -> list[float]:
+    """Element by element the largest over the ranks, so that every rank goes on with the same figures."""
+    told = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return told.tolist()

@@ -1,0 +1,102 @@
+"""The measured model, and an independent reference for what it must compute.
+
+The reference is a plain loop over the *unsharded* model's own submodules, run eagerly in one process: it shares nothing
+with the passes, the exchanges or the compiler that it checks.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .spec import WORLD, Shape
+
+EARLY_ATTENTION = ("farskip", "ladder", "attn_only")     # attention reads R without the layer before's MoE
+EARLY_MLP = ("farskip", "ladder", "mlp_only")            # the MoE reads R before this layer's attention
+
+
+def build(shape: Shape, seed: int) -> nn.Module:
+    """HF Qwen3-MoE from a config. The same seed gives the same weights in every process."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        intermediate_size=shape.moe_intermediate, moe_intermediate_size=shape.moe_intermediate,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        num_experts=shape.experts, num_experts_per_tok=shape.top_k, max_position_embeddings=max(2048, shape.tokens))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tokens(shape: Shape, seed: int, rank: int) -> Tensor:
+    """This rank's sequence, [1, tokens]."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randint(0, shape.vocab, (WORLD, shape.tokens), generator=generator)[rank:rank + 1]
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids, use_cache=False).logits
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits[0, :-1], ids[0, 1:])
+
+
+def reference_logits(model: nn.Module, ids: Tensor, connectivity: str) -> Tensor:
+    """What ``model`` computes under ``connectivity``; every MLP must be an MoE without a shared expert, as in Qwen3.
+
+    full is the residual stream; early is the stream without the routed output of the layer before.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    core = model.model
+    early = full = core.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    rotary = core.rotary_emb(full, positions)
+    mask = create_causal_mask(config=model.config, inputs_embeds=full, attention_mask=None, past_key_values=None,
+                              position_ids=positions)
+    for layer in core.layers:
+        attention_input = early if connectivity in EARLY_ATTENTION else full
+        attended = layer.self_attn(layer.input_layernorm(attention_input), position_embeddings=rotary,
+                                   attention_mask=mask)[0]
+        between = full + attended
+        mlp_input = full if connectivity in EARLY_MLP else between
+        routed = layer.mlp(layer.post_attention_layernorm(mlp_input))
+        early, full = between, between + routed
+    return model.lm_head(core.norm(full))
+
+
+@dataclass
+class Reference:
+    """The reference's answer for one connectivity. Gradients are of the loss over this rank's tokens alone."""
+
+    logits: Tensor
+    loss: float | None = None
+    gradients: dict[str, Tensor] | None = None
+
+    @staticmethod
+    def of(model: nn.Module, ids: Tensor, connectivity: str, train: bool) -> "Reference":
+        if not train:
+            with torch.no_grad():
+                return Reference(reference_logits(model, ids, connectivity))
+        model.zero_grad(set_to_none=True)
+        logits = reference_logits(model, ids, connectivity)
+        loss = loss_of(logits, ids)
+        loss.backward()
+        gradients = {name: model.get_parameter(name).grad.clone() for name in watched(model)}
+        model.zero_grad(set_to_none=True)
+        return Reference(logits.detach(), loss.item(), gradients)
+
+
+def watched(model: nn.Module) -> list[str]:
+    """Replicated parameters whose gradients are compared: the first attention, the last router, the embedding."""
+    last = len(model.model.layers) - 1
+    return ["model.layers.0.self_attn.q_proj.weight", f"model.layers.{last}.mlp.gate.weight",
+            "model.embed_tokens.weight"]
+
+
+def relative_difference(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()

@@ -1,0 +1,66 @@
+"""The parts of a layer that the bound needs, each timed by itself: routers, this rank's routed experts, the head."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .calibrate import best
+from .exchanges import slowest
+
+REPEAT_S = 0.1
+
+
+@dataclass(frozen=True)
+class Pieces:
+    routers: float                          # all layers together, seconds
+    routed: float
+    head: float
+
+
+def rows_per_expert(model: nn.Module, ids: Tensor) -> list[list[int]]:
+    """For every MoE layer of the unsharded model, how many rows each expert gets from this rank's tokens."""
+    counts: list[list[int]] = []
+
+    def note(module: nn.Module, args: tuple, output: tuple) -> None:
+        counts.append(torch.bincount(output[-1].reshape(-1), minlength=module.num_experts).tolist())
+
+    hooks = [gate.register_forward_hook(note) for gate, _ in _moe(model)]
+    try:
+        with torch.no_grad():
+            model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts
+
+
+def time_pieces(model: nn.Module, ids: Tensor, rows: list[list[int]], mine: range) -> Pieces:
+    """``rows`` are the rows of every expert from all ranks' tokens, ``mine`` the experts that this rank holds.
+
+    ``model`` is the unsharded one. The chain waits for the slower rank in every layer, so each layer's time is the
+    largest over the ranks.
+    """
+    x = torch.randn(ids.numel(), model.config.hidden_size)
+    core = model.model
+    routers, routed = [], []
+    with torch.no_grad():
+        for (gate, experts), count in zip(_moe(model), rows):
+            routers.append(best(lambda: gate(x), REPEAT_S))
+            inputs = [torch.randn(count[expert], x.shape[1]) for expert in mine]
+            routed.append(best(lambda: _run_experts(experts, mine, inputs), REPEAT_S))
+        head = best(lambda: model.lm_head(core.norm(x[None])), REPEAT_S)
+    return Pieces(sum(slowest(routers)), sum(slowest(routed)), slowest([head])[0])
+
+
+def _moe(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    return ((layer.mlp.gate, layer.mlp.experts) for layer in model.model.layers if hasattr(layer.mlp, "gate"))
+
+
+def _run_experts(experts: nn.Module, mine: range, inputs: list[Tensor]) -> None:
+    for expert, rows in zip(mine, inputs):
+        gate, up = F.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])

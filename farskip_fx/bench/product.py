@@ -1,0 +1,52 @@
+"""The one place where the lab touches farskip_fx itself: how to shard, what to compile with, how to read a report."""
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+
+def shard(model: nn.Module, exchange: str) -> None:
+    import torch.distributed as dist
+
+    import farskip_fx as fs
+
+    fs.expert_parallel(model, dist.group.WORLD, exchange=exchange)
+
+
+def backend() -> Any:
+    import farskip_fx as fs
+
+    return fs.farskip_backend
+
+
+def rates(**measured: float) -> dict[str, float]:
+    """Measured rates as the option of that name; what was not measured keeps its default."""
+    from farskip_fx.passes.costs import Rates
+
+    return asdict(Rates(**measured))
+
+
+def layers() -> list[dict]:
+    """The last compile's rewiring, one entry a layer."""
+    return [{"index": layer.index, "attention_reads": layer.attention_reads, "mlp_reads": layer.mlp_reads,
+             "rewired": layer.rewired, "reason": layer.reason} for layer in _last_report().rewire.layers]
+
+
+def schedules() -> list[dict]:
+    """The last compile's schedules (forward, then backward): what hides behind what, as the scheduler predicts it."""
+    return [{"collectives": [{"name": c.name, "kind": c.kind, "bytes": c.bytes, "ms": c.seconds * 1e3,
+                              "hidden_ms": c.hidden_s * 1e3, "exposed_ms": c.exposed_s * 1e3, "behind": c.behind}
+                             for c in schedule.collectives],
+             "predicted_ms": schedule.after_s * 1e3, "bound_ms": schedule.bound_s * 1e3}
+            for schedule in _last_report().schedules]
+
+
+def _last_report() -> Any:
+    import farskip_fx as fs
+
+    reports = fs.last_reports()
+    if not reports:
+        raise RuntimeError("farskip_fx compiled nothing: last_reports() is empty after a compile with its backend")
+    return reports[-1]

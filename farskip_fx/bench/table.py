@@ -1,0 +1,95 @@
+"""Results on the screen. Every function takes plain data, as it is in the JSON, and gives something rich can print."""
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .variants import WHAT
+
+TOLERANCE = 1e-3                            # a variant further from the reference than this computed something else
+
+
+def layers_table(layers: list[dict], max_diff: float) -> RenderableType:
+    table = Table(title="Rewiring: what each layer reads (R: the residual stream)", title_justify="left")
+    for heading in ("layer", "attention before", "attention after", "MoE before", "MoE after", "rewired"):
+        table.add_column(heading, justify="right" if heading == "layer" else "left")
+    for layer in layers:
+        table.add_row(str(layer["index"]), "R", str(layer["attention_reads"]), f"R + attention {layer['index']}",
+                      str(layer["mlp_reads"]), "yes" if layer["rewired"] else f"no: {layer['reason']}")
+    agrees = Text(f"The rewired graph, run as it is, differs from the eager reference by {max_diff:.1e} at most.")
+    return Group(table, agrees, warning_if_wrong(max_diff))
+
+
+def warning_if_wrong(max_diff: float) -> RenderableType:
+    if max_diff <= TOLERANCE:
+        return Text("")
+    return Text(f"That is more than {TOLERANCE:g}: it computes something else.", style="bold red")
+
+
+def schedule_table(title: str, schedules: list[dict]) -> RenderableType:
+    tables: list[RenderableType] = []
+    for graph, schedule in zip(("forward", "backward"), schedules):
+        table = Table(title=f"{title}, {graph}: what each exchange hides behind (predicted)", title_justify="left")
+        for heading, side in (("exchange", "left"), ("MB", "right"), ("ms", "right"), ("hidden", "right"),
+                              ("exposed", "right"), ("behind", "left")):
+            table.add_column(heading, justify=side, no_wrap=heading != "behind")
+        for one in schedule["collectives"]:
+            table.add_row(one["name"], f"{one['bytes'] / 1e6:.2f}", f"{one['ms']:.1f}", f"{one['hidden_ms']:.1f}",
+                          f"{one['exposed_ms']:.1f}", _behind(one["behind"]))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _behind(behind: object) -> str:
+    if not behind:
+        return "nothing"
+    return behind if isinstance(behind, str) else ", ".join(str(one) for one in behind)
+
+
+def times_table(mode: str, result: dict, rounds: int) -> RenderableType:
+    """One ratio's times. Milliseconds a step; the median, with the minimum behind it."""
+    what = "forward" if mode == "forward" else "forward + backward"
+    table = Table(title=f"{what}, comm/compute {result['ratio']:g}: ms a step, median (minimum) of {rounds}",
+                  title_justify="left")
+    for heading in ("variant", "fast link", "slow link", "over stock, fast", "over stock, slow", "max diff"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for one in result["variants"]:
+        wrong = one["max_diff"] > TOLERANCE
+        table.add_row(f"{one['name']}  [dim]{WHAT[one['name']]}[/]", f"{one['fast_ms']:.0f} ({one['fast_min_ms']:.0f})",
+                      f"{one['slow_ms']:.0f} ({one['slow_min_ms']:.0f})", f"{one['speedup_fast']:.2f}x",
+                      f"[bold]{one['speedup_slow']:.2f}x[/]",
+                      f"[bold red]{one['max_diff']:.1e}[/]" if wrong else f"{one['max_diff']:.1e}")
+    return Group(table, Text(_figures(result)))
+
+
+def _figures(result: dict) -> str:
+    lines = [
+        f"compute alone {result['compute_only_ms']:.0f} ms ({result['compute_only_of']} on the fast link), exchanges "
+        f"alone {result['comm_only_ms']:.0f} ms (minimum {result['comm_only_min_ms']:.0f}); "
+        f"limit max(compute, comm) {result['limit_ms']:.0f} ms, bound of the connectivity {result['bound_ms']:.0f} ms",
+    ]
+    if result["hidden"] is not None:
+        inner = "" if result["hidden_inner"] is None else (
+            f"; {result['hidden_inner']:.0%} of what is not the first or last exchange")
+        lines.append(f"hidden: {result['hidden']:.0%} of what the slow link costs stock{inner}; "
+                     f"farskip is {result['over_bound']:+.0%} from the bound")
+    elif "over_bound" in result:
+        lines.append("hidden: not defined, the slow link costs stock nothing here")
+    if not result["rate_is_close"]:
+        lines.append(f"the exchanges could not be brought to {result['ratio']:g} of compute on this link; the figures "
+                     "stand for the times above, not for that ratio")
+    return "\n".join(lines)
+
+
+def curve_table(mode: str, curve: list[dict]) -> RenderableType:
+    table = Table(title=f"{mode}: the curve over comm/compute, slow link, medians in ms", title_justify="left")
+    names = [one["name"] for one in curve[0]["variants"]]
+    for heading in ["ratio", *names, "bound", "limit", "hidden", "speed-up"]:
+        table.add_column(heading, justify="right")
+    for point in curve:
+        last = point["variants"][-1]
+        hidden = "-" if point["hidden"] is None else f"{point['hidden']:.0%}"
+        table.add_row(f"{point['ratio']:g}", *(f"{one['slow_ms']:.0f}" for one in point["variants"]),
+                      f"{point['bound_ms']:.0f}", f"{point['limit_ms']:.0f}", hidden, f"{last['speedup_slow']:.2f}x")
+    return table

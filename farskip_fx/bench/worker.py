@@ -1,0 +1,60 @@
+"""A rank of the bench: ``python -m farskip_fx.bench.worker SPEC`` with the environment that launch.py gives it."""
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+from .parent import Parent, settle
+from .spec import WORLD, Spec
+
+
+def main() -> None:
+    settle()
+    parent = Parent()
+    spec = Spec.read(Path(sys.argv[1]))
+    try:
+        measure_all(spec, parent)
+    except Exception:
+        parent.tell("failed", traceback=traceback.format_exc())
+        os._exit(1)                         # an orderly exit would wait for a peer that may never answer
+    parent.tell("done")
+    os._exit(0)                             # gloo's threads have nothing more to do; do not wait for them
+
+
+def measure_all(spec: Spec, parent: Parent) -> None:
+    parent.say("starting two ranks, importing torch and transformers")
+    import torch
+    import torch.distributed as dist
+
+    from .measure import Measurement
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['FARSKIP_BENCH_MEET']}", rank=parent.rank,
+                            world_size=WORLD, timeout=timedelta(seconds=spec.silence_s))
+    for mode in spec.modes:
+        with scoped_settings():
+            result = Measurement(mode, spec, parent).run()
+        torch.compiler.reset()              # the next mode's graphs share nothing with these
+        if parent.rank == 0:
+            parent.tell("result", mode=mode, result=result)
+
+
+def scoped_settings() -> ExitStack:
+    """What all variants are compiled under; as it was afterwards."""
+    import torch._dynamo.config as dynamo
+    import torch._inductor.config as inductor
+
+    settings = ExitStack()
+    settings.enter_context(dynamo.patch(
+        recompile_limit=64, accumulated_recompile_limit=1024,    # every variant is one more entry on one code object
+        capture_scalar_outputs=True))                            # split sizes are data
+    settings.enter_context(inductor.patch(force_disable_caches=True))    # the figures are of this code, not of a cache
+    return settings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The command line: ``farskip bench`` measures, ``farskip demo`` shows.
+
+A verb is a function that adds its options and one that runs; VERBS lists them.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Sequence
+
+from rich.console import Console
+
+from .bench.launch import RankFailed
+from .bench.link import KINDS, LinkRefused
+from .bench.run import run, wrong
+from .bench.spec import MODES, VARIANTS, Shape, Spec, SpecError
+
+BENCH_TEXT = """\
+Time a Mixture-of-Experts model on two ranks over an emulated slow link.
+
+Two processes, one core each, stand in two network namespaces joined by a shaped link. HF Qwen3-MoE is built from the
+sizes below and its experts are split over both. Every variant is compiled in one process, checked against an eager
+reference, and timed in turn with the others, on the fast link (not shaped) and on the slow one. The slow link's rate is
+found by measuring: it is the one at which the model's exchanges alone take --comm-ratio of its compute alone.
+
+variants:
+  stock             standard connectivity, stock Inductor (always measured)
+  inductor_overlap  standard connectivity, Inductor's own overlap passes
+  rewired_stock     rewired, stock Inductor
+  farskip           rewired, scheduled and fenced"""
+
+BENCH_END = """\
+examples:
+  farskip bench --quick                               a small model, forward only: does it work here?
+  farskip bench --mode train --layers 3 --tokens 1024
+  farskip bench --comm-ratio 0.25 0.5 1.0 --json build/curve.json
+
+The link needs root, or a user namespace (`unshare -Urn true` tells whether they are allowed here). Without either both
+ranks use loopback; that is said, and slow then equals fast. Nothing else should run on the two cores."""
+
+DEMO_TEXT = """\
+The main job: HF Qwen3-MoE (hidden 512, 4 layers, 8 experts, top-2, 2048 tokens a rank) over two ranks: what is rewired,
+which exchange hides behind what, and the times of four variants, forward and forward+backward. About ten minutes on two
+cores; with --quick two layers, forward only, in under three."""
+
+SIZES = {
+    "layers": "decoder layers",
+    "hidden": "width of the residual stream",
+    "tokens": "tokens a rank, one sequence",
+    "experts": "routed experts, split over both ranks",
+    "top_k": "experts a token",
+    "moe_intermediate": "width of an expert",
+}
+QUICK_BENCH = {"layers": 2, "hidden": 128, "tokens": 256, "moe_intermediate": 64}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="farskip", description="FarSkip connectivity for MoE models.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in VERBS:
+        add(verbs)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (SpecError, LinkRefused, RankFailed) as error:
+        print(f"farskip {args.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"farskip {args.verb}: interrupted; ranks and link are gone", file=sys.stderr)
+        return 130
+
+
+def add_bench(verbs: argparse._SubParsersAction) -> None:
+    bench = verbs.add_parser("bench", help="time a model on two ranks over an emulated slow link",
+                             description=BENCH_TEXT, epilog=BENCH_END, formatter_class=argparse.RawTextHelpFormatter)
+    shape = Shape()
+    model = bench.add_argument_group("model")
+    for name, what in SIZES.items():
+        model.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{what} ({getattr(shape, name)})")
+    model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
+    what = bench.add_argument_group("what is measured")
+    what.add_argument("--mode", choices=(*MODES, "both"), default="forward",
+                      help="train is forward + backward (forward)")
+    what.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                      help="some of the above (all)")
+    what.add_argument("--comm-ratio", nargs="+", type=float, default=[0.5], metavar="R",
+                      help="exchanges alone over compute alone, slow link; several give the curve (0.5)")
+    what.add_argument("--rounds", type=int, metavar="N", help="each times everything once (8; quick 3)")
+    what.add_argument("--budget", type=float, default=90.0, metavar="S",
+                      help="seconds for the rounds of a mode: fewer rounds where they do not fit (90)")
+    what.add_argument("--quick", action="store_true",
+                      help="a small model where no size is given: its times mean nothing")
+    where = bench.add_argument_group("where")
+    where.add_argument("--json", type=Path, metavar="PATH", help="write everything measured there")
+    where.add_argument("--no-netns", action="store_true", help="loopback, no emulated link")
+    bench.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    shape = replace(Shape(), **({**QUICK_BENCH, **given} if args.quick else given))
+    spec = Spec(forward=shape, train=shape, modes=MODES if args.mode == "both" else (args.mode,),
+                variants=in_order(args.variants), ratios=tuple(args.comm_ratio),
+                rounds=args.rounds or (3 if args.quick else 8), budget_s=args.budget, seed=args.seed)
+    return report(run(spec, Console(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json))
+
+
+def add_demo(verbs: argparse._SubParsersAction) -> None:
+    demo = verbs.add_parser("demo", help="the main job, shown step by step", description=DEMO_TEXT,
+                            formatter_class=argparse.RawTextHelpFormatter)
+    demo.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"),
+                      help="two layers, forward only; the environment variable QUICK=1 does the same")
+    demo.add_argument("--json", type=Path, default=Path("build/demo.json"), metavar="PATH",
+                      help="where the figures go (build/demo.json)")
+    demo.set_defaults(run=run_demo)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    spec = Spec(budget_s=75.0)
+    if args.quick:
+        spec = replace(spec, forward=replace(spec.forward, layers=2), modes=("forward",), rounds=5, budget_s=25.0)
+    return report(run(spec, Console(), json_path=args.json))
+
+
+def in_order(variants: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in VARIANTS if name == "stock" or name in variants)
+
+
+def report(result: dict) -> int:
+    """The exit status: a run in which a variant computed something else has failed."""
+    for line in wrong(result):
+        print(f"not the reference's result: {line}", file=sys.stderr)
+    return 1 if wrong(result) else 0
+
+
+VERBS = (add_bench, add_demo)
+
+if __name__ == "__main__":
+    sys.exit(main())
