@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import Graph, Node
 
+from ._torch import is_batchedtensor
+
 _INPLACE_OPERATORS = {
     getattr(operator, f"i{name}")
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul", "lshift",
@@ -56,8 +58,9 @@ def tensors_of(node: Node) -> Iterator[torch.Tensor]:
 
 
 def storages_of(node: Node) -> set[int]:
-    # A sparse or otherwise storage-less tensor aliases nothing that we can see.
-    return {t.untyped_storage()._cdata for t in tensors_of(node) if t.layout is torch.strided}
+    """Identities of the memory behind a node's tensors. Sparse and vmapped tensors show none."""
+    return {t.untyped_storage()._cdata for t in tensors_of(node)
+            if t.layout is torch.strided and not is_batchedtensor(t)}
 
 
 def written_arguments(node: Node) -> list[Node]:

@@ -1,0 +1,156 @@
+"""The backend: the whole pipeline on one screen.
+
+    Dynamo graph -> normalize -> residual stream -> blocks -> rewire -> inner compiler
+    (inner="inductor": its post-grad graphs, forward and backward -> schedule -> fence)
+
+``torch.compile(model, backend=farskip_fx.farskip_backend, options={...})``; options are the fields of FarskipConfig.
+Also registered as ``backend="farskip"``.
+"""
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch.fx import GraphModule
+
+from . import frame, inner, marker
+from .config import FarskipConfig
+from .connectivity import CONNECTIVITIES
+from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError
+from .passes.dataflow import op_name
+from .passes.detect import NoBlocks, detect, is_busy
+from .passes.normalize import normalize
+from .passes.reasons import Reason
+from .passes.residual import NoStream, find_stream
+from .passes.rewire import rewire
+from .report import Report, record
+
+
+def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None,
+                    options: dict | None = None) -> Callable:
+    """Rewire a Dynamo graph and compile it.
+
+    Args:
+        gm: graph of a model's forward, as Dynamo hands it over.
+        example_inputs: its example inputs.
+        mode: one of ``torch.compile``'s modes; passed on to Inductor.
+        options: fields of ``FarskipConfig``.
+
+    Raises (each inside Dynamo's ``BackendCompilerFailed``):
+        ConfigError: an option is unknown or disagrees with the checkpoint's ``config.farskip``.
+        NoMoEError: nothing to rewire in this model.
+        RefusedError: a requested layer cannot be rewired; names it and says why.
+        SplitModelError: a graph break left only a part of the layers in this graph.
+    """
+    where = frame.compiling()
+    config = _settle(options, marker.consume(gm.graph), where.saved)
+    report = Report(graph=where.name, config=config, nodes=len(gm.graph.nodes))
+    record(report)
+    if config.connectivity != "none":
+        _rewire(gm, config, report, where)
+        gm.recompile()
+    return inner.compile(gm, example_inputs, config=config, mode=mode, report=report)
+
+
+def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame.Frame) -> None:
+    with _timed(report, "normalize"):
+        report.functionalized = normalize(gm.graph).functionalized
+    with _timed(report, "residual"):
+        stream = find_stream(gm.graph, busy=is_busy)
+    if isinstance(stream, NoStream):
+        return _leave(report, where, gm, stream.reason, part=stream.length > 0)
+    fragment = _fragment(gm, stream, where)
+    if fragment is not None:
+        return _leave(report, where, gm, fragment, part=True)
+    with _timed(report, "detect"):
+        blocks = detect(stream)
+    if isinstance(blocks, NoBlocks):
+        return _leave(report, where, gm, blocks.reason, part=True)
+    if not blocks.moe_layers and config.connectivity != "ladder":
+        return _leave(report, where, gm, Reason(
+            "no_moe", f"none of the {len(blocks.layers)} layers has a router and experts; connectivity "
+            f"{config.connectivity!r} hides the exchanges of MoE blocks (a dense model can use 'ladder')"), part=True)
+    with _timed(report, "rewire"):
+        result = rewire(gm.graph, blocks, connectivity=CONNECTIVITIES[config.connectivity],
+                        layers=config.indices(len(blocks.layers)))
+    report.rewired = result
+    if result.refused:
+        text = "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in result.refused)
+        _refuse(config, RefusedError, f"connectivity {config.connectivity!r} cannot be applied: {text}. Choose other "
+                "layers or another connectivity, or pass strict=False to leave these layers as they are")
+
+
+def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, *, part: bool) -> None:
+    """Leave a graph as it is: an error where it holds (a part of) the model, silence where it is something else."""
+    report.unchanged = reason
+    config = report.config
+    broken = where.resumed or getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
+    holds_model = part or where.owns_layers and not where.resumed or any(_is_busy_anywhere(gm))
+    if not holds_model:
+        return
+    if broken or reason.code == "fragment":
+        _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). Decoder "
+                "layers would be missing from the rewiring. Remove the graph break (run with "
+                "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, turn gradient "
+                "checkpointing off, or pass strict=False to run the original connectivity")
+    elif reason.code in ("no_stream", "no_moe"):
+        _refuse(config, NoMoEError, f"no MoE found in {where.name!r}: {reason}. Compile a model with "
+                "mixture-of-experts layers, use connectivity='none', or pass strict=False to leave it as it is")
+    else:
+        _refuse(config, RefusedError, f"this model cannot be rewired as {config.connectivity!r}: {reason}. Use "
+                "connectivity='none' (overlap only), or pass strict=False to leave it as it is")
+
+
+def _refuse(config: FarskipConfig, error: type[Exception], text: str) -> None:
+    if config.strict:
+        raise error(text)
+    warnings.warn(f"farskip_fx left this unchanged: {text}", FarskipWarning, stacklevel=2)
+
+
+def _settle(options: dict | None, marked: FarskipConfig | None, saved: dict | None) -> FarskipConfig:
+    """One configuration out of the options, the marker of ``apply`` and the checkpoint; a contradiction raises."""
+    if marked is not None:
+        agree(options or {}, marked.saved(), "the configuration given to farskip_fx.apply")
+        return marked
+    agree(options or {}, saved, "the checkpoint (config.farskip)")
+    return FarskipConfig.from_dict({**(saved or {}), **(options or {})})
+
+
+def agree(options: dict, saved: dict | None, what: str) -> None:
+    """Raise where ``options`` contradict what the model was converted with."""
+    if saved is None:
+        return
+    given = FarskipConfig.from_dict({**saved, **options}).saved()
+    known = FarskipConfig.from_dict(saved).saved()
+    for key, value in known.items():
+        if given[key] != value:
+            raise ConfigError(f"option {key}={given[key]!r} disagrees with {what}, which says {value!r}. Leave the "
+                              "option out, or undo the conversion with farskip_fx.remove(model) first")
+
+
+def _fragment(gm: GraphModule, stream, where: frame.Frame) -> Reason | None:
+    """A stream that enters the graph as an argument after a graph break begins in the middle of the model."""
+    above = stream.flow.members(stream.flow.ancestors(stream.states[0])) or [stream.states[0]]
+    if where.resumed and not any(op_name(n) == "embedding" for n in above):
+        return Reason("fragment", f"the residual stream enters at {stream.states[0].name} after a graph break")
+    return None
+
+
+def _is_busy_anywhere(gm: GraphModule):
+    """Attention or routing in this graph or in one of its subgraphs (checkpointed layers, say)."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from (op_name(n) in ("scaled_dot_product_attention", "topk", "flex_attention", "_grouped_mm",
+                                       "grouped_mm_fallback", "all_to_all_single") for n in module.graph.nodes)
+
+
+@contextmanager
+def _timed(report: Report, name: str):
+    start = time.perf_counter()
+    yield
+    report.seconds[name] = time.perf_counter() - start
+
+

@@ -1,0 +1,136 @@
+"""FarskipConfig: the options of one conversion, frozen and versioned, with a JSON round trip."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .connectivity import CONNECTIVITIES
+from .errors import ConfigError
+from .passes.costs import Rates
+
+VERSION = 1
+_COSTS = ("analytic",)
+_INNER = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarskipConfig:
+    """Options of a conversion.
+
+    Args:
+        connectivity: a name in ``farskip_fx.connectivity.CONNECTIVITIES``.
+        layers: ``"all"``, decoder layer indices (list, tuple or range), or ``"last:SHARE"``: the last SHARE (0 to 1)
+            of the layers, rounded to whole layers.
+        overlap: reorder collectives so that they run behind compute, and hold that order in Inductor.
+        costs: ``"analytic"``: costs from formulas and ``rates``.
+        inner: what compiles the rewired graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        strict: a requested layer that cannot be rewired, or a model split over several graphs, is an error. False:
+            such layers stay as they are, with one warning.
+        rates: figures of device and link for the schedule; must be equal on all ranks. None: generic ones.
+
+    Raises:
+        ConfigError: a field has a value that it cannot have.
+    """
+    connectivity: str = "farskip"
+    layers: str | tuple[int, ...] = "all"
+    overlap: bool = True
+    costs: str = "analytic"
+    inner: str = "inductor"
+    strict: bool = True
+    rates: Rates | None = None
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        _one_of("connectivity", self.connectivity, CONNECTIVITIES)
+        _one_of("costs", self.costs, _COSTS)
+        _one_of("inner", self.inner, _INNER)
+        for name in ("overlap", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.version != VERSION:
+            raise ConfigError(f"version {self.version!r} of the farskip configuration; this release of farskip_fx "
+                              f"reads version {VERSION}: install the release that wrote it, or convert again")
+        object.__setattr__(self, "layers", _layers(self.layers))
+        if isinstance(self.rates, Mapping):
+            object.__setattr__(self, "rates", _rates(self.rates))
+        elif self.rates is not None and not isinstance(self.rates, Rates):
+            raise ConfigError(f"rates must be a dict or a Rates, got {type(self.rates).__name__}")
+
+    @classmethod
+    def from_dict(cls, options: Mapping) -> FarskipConfig:
+        """Build from ``torch.compile``'s ``options`` or from JSON; unknown keys are an error."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
+        return cls(**options)
+
+    @classmethod
+    def from_json(cls, text: str) -> FarskipConfig:
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ConfigError(f"a farskip configuration is a JSON object, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def to_dict(self) -> dict:
+        data = dataclasses.asdict(self)
+        data["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def saved(self) -> dict:
+        """What a checkpoint keeps (``config.farskip``): the fields that change numerics."""
+        data = self.to_dict()
+        return {key: data[key] for key in ("version", "connectivity", "layers")}
+
+    def indices(self, count: int) -> frozenset[int]:
+        """Decoder layer indices to convert, of ``count``."""
+        if self.layers == "all":
+            return frozenset(range(count))
+        if isinstance(self.layers, str):
+            share = float(self.layers.removeprefix("last:"))
+            return frozenset(range(count - round(share * count), count))
+        outside = [i for i in self.layers if i >= count]
+        if outside:
+            raise ConfigError(f"layers {outside} requested, but the model has {count} decoder layers "
+                              f"(0 to {count - 1})")
+        return frozenset(self.layers)
+
+
+def _one_of(field: str, value, known) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{field}={value!r} is not known; choose one of {', '.join(known)}")
+
+
+def _layers(value) -> str | tuple[int, ...]:
+    help_text = 'layers must be "all", "last:SHARE" with 0 < SHARE <= 1, or indices such as range(4, 32)'
+    if isinstance(value, str):
+        if value == "all":
+            return value
+        share = value.removeprefix("last:")
+        try:
+            good = value.startswith("last:") and 0 < float(share) <= 1
+        except ValueError:
+            good = False
+        if not good:
+            raise ConfigError(f"{help_text}; got {value!r}")
+        return value
+    try:
+        indices = tuple(value)
+    except TypeError:
+        indices = (None,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices):
+        raise ConfigError(f"{help_text}; got {value!r}")
+    return tuple(sorted(set(indices)))
+
+
+def _rates(data: Mapping) -> Rates:
+    known = [f.name for f in dataclasses.fields(Rates)]
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown rate {', '.join(map(repr, unknown))}; known rates: {', '.join(known)}")
+    return Rates(**data)

@@ -1,0 +1,133 @@
+"""``apply`` and ``remove``: conversion in place, for everything that calls the model; and the decorator."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .backend import agree, farskip_backend
+from .config import FarskipConfig
+from .errors import ConfigError, NoMoEError, WrongConnectivityError
+from .marker import mark
+
+class Converted:
+    """A forward that only runs through the farskip backend.
+
+    Copies and unpickled instances have lost their compiled function; they raise instead of running the original.
+    """
+
+    def __init__(self, forward: Callable, config: FarskipConfig, *, dynamic: bool | None = None) -> None:
+        functools.update_wrapper(self, forward)
+        text = config.to_json()
+
+        def marked(*args, **kwargs):
+            args, kwargs = mark(args, kwargs, text)
+            return forward(*args, **kwargs)
+
+        self.config = config
+        # Isolated: every conversion runs this same code object, and must not use up another one's recompiles.
+        self._compiled = torch.compile(marked, backend=farskip_backend, options=config.to_dict(), dynamic=dynamic,
+                                       isolate_recompiles=True)
+
+    def __call__(self, *args, **kwargs):
+        if self._compiled is None:
+            raise WrongConnectivityError(
+                "this is a copy of a model that was converted with farskip_fx.apply, or one read back from a pickle: "
+                "the compiled forward did not travel with it. Call farskip_fx.apply(model) on it")
+        return self._compiled(*args, **kwargs)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else functools.partial(self, instance)
+
+    def __getstate__(self) -> dict:
+        return {"config": self.config, "_compiled": None}
+
+
+def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynamic: bool | None = None,
+          **options) -> nn.Module:
+    """Convert ``model`` in place, so that ``model(...)``, ``generate``, its backbone and HF Trainer all use it.
+
+    Replaces the forward of the module that owns the decoder layers by a compiled one, and marks its input: eager
+    execution, or another backend, then raises instead of running the original connectivity. The choice is kept in
+    ``model.config.farskip`` and saved with the checkpoint; on a reloaded checkpoint ``apply(model)`` needs no options.
+
+    Args:
+        model: a model with a list of decoder layers, Hugging Face or not.
+        config: a ``FarskipConfig`` or a dict of its fields; alternatively give the fields as keywords.
+        dynamic: as in ``torch.compile``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: unknown options, options that disagree with ``model.config.farskip``, or a model that is
+            converted already.
+        NoMoEError: the model has no list of layers.
+    """
+    given = _options(config, options)
+    owner = decoder_of(model)
+    current = owner.__dict__.get("forward")
+    if isinstance(current, Converted):
+        if current._compiled is not None:
+            raise ConfigError("this model is converted already; call farskip_fx.remove(model) first")
+        del owner.forward
+    settings = [c for c in (getattr(model, "config", None), getattr(owner, "config", None)) if c is not None]
+    saved = next((c.farskip for c in settings if getattr(c, "farskip", None) is not None), None)
+    agree(given, saved, "the checkpoint (config.farskip)")
+    chosen = FarskipConfig.from_dict({**(saved or {}), **given})
+    owner.forward = Converted(owner.forward, chosen, dynamic=dynamic)
+    for holder in settings:
+        holder.farskip = chosen.saved()
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Undo ``apply``: the model runs its original connectivity again, and its checkpoint says so."""
+    owner = decoder_of(model)
+    current = owner.__dict__.get("forward")
+    if not isinstance(current, Converted):
+        raise ConfigError("this model is not converted: farskip_fx.apply was not called on it")
+    # An instance attribute hides the method of the class; an earlier instance attribute is put back.
+    del owner.forward
+    wrapped = getattr(current, "__wrapped__", None)
+    if wrapped is not None and getattr(wrapped, "__func__", None) is not type(owner).forward:
+        owner.forward = wrapped
+    for holder in (getattr(model, "config", None), getattr(owner, "config", None)):
+        if getattr(holder, "farskip", None) is not None:
+            del holder.farskip
+    return model
+
+
+def farskip(config: FarskipConfig | dict | None = None, **options) -> Callable:
+    """Decorator for a model's ``forward``: ``@farskip_fx.farskip(connectivity="farskip")``.
+
+    The decorated function is compiled with the farskip backend, and raises where it would run uncompiled.
+
+    Args:
+        config: a ``FarskipConfig`` or a dict of its fields; alternatively give the fields as keywords.
+    """
+    if callable(config):
+        raise ConfigError("use @farskip_fx.farskip() with parentheses")
+    chosen = FarskipConfig.from_dict(_options(config, options))
+    return lambda forward: Converted(forward, chosen)
+
+
+def _options(config: FarskipConfig | dict | None, options: dict) -> dict:
+    return {**(config.to_dict() if isinstance(config, FarskipConfig) else config or {}), **options}
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The module that owns the decoder layers: whose list of modules holds the most parameters."""
+    best, size = None, 0
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) > 1:
+                count = sum(p.numel() for p in child.parameters())
+                if count > size:
+                    best, size = module, count
+    if best is None:
+        raise NoMoEError(f"no MoE found: {type(model).__name__} has no list of decoder layers (an nn.ModuleList with "
+                         "two or more entries); compile its forward with @farskip_fx.farskip() instead")
+    return best

@@ -1,0 +1,25 @@
+"""What compiles the graph after rewiring: Inductor with our schedule and fence, AOTAutograd alone, or nothing."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from .config import FarskipConfig
+from .errors import ConfigError
+from .passes._torch import aot_eager, compile_fx, mode_options
+from .report import Report
+
+
+def compile(gm: GraphModule, example_inputs: list, *, config: FarskipConfig, mode: str | None,
+            report: Report) -> Callable:
+    """Hand ``gm`` to the inner compiler that ``config.inner`` names."""
+    if mode is not None and config.inner != "inductor":
+        raise ConfigError(f"mode={mode!r} is Inductor's; inner={config.inner!r} takes none")
+    if config.inner == "eager":
+        return gm.forward
+    if config.inner == "aot_eager":
+        return aot_eager(gm, example_inputs)
+    from .overlap import inductor_patches
+    patches = {**mode_options(mode), **inductor_patches(config, report)}
+    return compile_fx(gm, example_inputs, config_patches=patches)
