@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -53,14 +54,16 @@ def oracle(family: str, model: nn.Module, inputs: dict, connectivity: str,
     attention_reads, mlp_reads = READS[connectivity]
     shape = shape_of(family)
     record = Record(shape, model, inputs)
-    converted = set(range(len(record.layers))) if layers is None else set(layers)
+    every = range(len(record.layers))
+    converted = set(every if layers is None else layers)
+    assert converted <= set(every), f"layers {sorted(converted - set(every))} of {len(every)}"
 
     R = record.embedded
     before_mlp, contribution, carried = None, None, None  # of the layer in front: R', its MLP's output, shared indices
     for k, layer in enumerate(record.layers):
-        A = R
-        if k in converted and k - 1 in converted:
-            A = read_of_attention(shape, record.layers[k - 1], attention_reads, R, before_mlp, contribution)
+        A = R = shape.enter(record, layer.attention, R)
+        if k in converted and k - 1 in converted and attention_reads != "full":
+            A = read_of_attention(shape, record.layers[k - 1], layer, attention_reads, R, before_mlp, contribution)
         mixed, carried = attend(shape, layer, record, A, carried)
 
         R_before_attention, before_mlp = R, shape.update(layer.attention, ATTENTION, R, mixed)
@@ -69,6 +72,7 @@ def oracle(family: str, model: nn.Module, inputs: dict, connectivity: str,
             mlp_state = R_before_attention
         contribution = contribute(shape, layer, record, mlp_state)
         R = shape.update(layer.mlp, MLP, before_mlp, add_parts(contribution, R.dtype))
+        R = shape.leave(record, layer.mlp, R)
     return record.logits(R)
 
 
@@ -82,16 +86,17 @@ def layer_kinds(family: str, model: nn.Module) -> list[dict]:
     return kinds
 
 
-def read_of_attention(shape, layer_in_front, how, R, before_mlp, contribution) -> Tensor:
-    if how == "full":
-        return R
+def read_of_attention(shape, in_front, layer, how, R, before_mlp, contribution) -> Tensor:
+    """The state that lacks what is in flight from the layer in front."""
+    if how == "partial" and contribution.routed is None:
+        return R  # nothing of a dense MLP is in flight
+    if shape.third_block(layer.attention):
+        raise Undefined(THIRD_BLOCK)
     if how == "outdated":
         return before_mlp
-    if contribution.routed is None:  # a dense MLP is in flight nowhere: the partial state is the whole one
-        return R
     if shape.nonlinear and contribution.ready is not None:
         raise Undefined(shape.nonlinear)
-    return shape.update(layer_in_front.mlp, MLP, before_mlp, contribution.ready)
+    return shape.update(in_front.mlp, MLP, before_mlp, contribution.ready)
 
 
 def attend(shape, layer, record, state, carried) -> tuple[Tensor, object]:
@@ -128,10 +133,15 @@ class Call(NamedTuple):
 
     def repeat(self, hidden_states: Tensor, kwargs: dict | None = None):
         """The same call on another hidden state, which is the first argument or the one of that name."""
-        kwargs = self.kwargs if kwargs is None else kwargs
+        kwargs = {name: without_cache(value) for name, value in (self.kwargs if kwargs is None else kwargs).items()}
         if self.args:
-            return self.module(hidden_states, *self.args[1:], **kwargs)
+            return self.module(hidden_states, *map(without_cache, self.args[1:]), **kwargs)
         return self.module(**{**kwargs, "hidden_states": hidden_states})
+
+
+def without_cache(argument):
+    """The recording run filled the cache: on top of it the oracle would attend to every token twice."""
+    return None if isinstance(argument, Cache) else argument
 
 
 class Layer(NamedTuple):
@@ -142,16 +152,19 @@ class Layer(NamedTuple):
 
 
 class Record:
-    """One run of the unchanged model: the embedded tokens, and the call of every mixer and MLP."""
+    """One run of the unchanged model: the embedded tokens, and how it calls its layers, mixers and MLPs."""
 
     def __init__(self, shape: "Shape", model: nn.Module, inputs: dict):
+        if inputs.get("past_key_values") is not None:
+            raise ValueError("the oracle is defined on whole sequences: give it all tokens and no cache")
         self.shape, self.model, self.inputs = shape, model, inputs
         self.layers = layers_of(shape, model)
         self.calls: dict[nn.Module, Call] = {}
         first = self.layers[0].attention
-        watched = {first}
+        watched = set()
         for layer in self.layers:
-            watched |= {shape.mixer_of(layer), shape.mlp_of(layer)} - {None}
+            watched |= {*layer, shape.mixer_of(layer), shape.mlp_of(layer), getattr(layer.attention, "ple", None)}
+        watched.discard(None)
         handles = [module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in watched]
         try:
             model(**inputs)
@@ -240,6 +253,50 @@ def expand_and_mix(holder, block, state, contribution):
     return post.to(state.dtype).unsqueeze(-1) * contribution.unsqueeze(-2) + mixed
 
 
+def add_normed_and_scale(attention: str, mlp: str):  # diffusion_gemma: the layer ends with a factor on the stream
+    add_normed_to = add_normed(attention, mlp)
+
+    def update(holder, block, state, contribution):
+        state = add_normed_to(holder, block, state, contribution)
+        return state * holder.layer_scalar if block == MLP else state
+    return update
+
+
+def gated_residual(holder, block):
+    return holder.attn_hyper_connection if block == ATTENTION else holder.mlp_hyper_connection
+
+
+def mixed_input(shape, holder, block, state):  # qwen4_exp
+    return gated_residual(holder, block)(state)[0]
+
+
+def inject(holder, block, state, contribution):
+    if contribution is None:
+        return state
+    _, stream, weights = gated_residual(holder, block)(state)
+    return stream + (contribution.unsqueeze(-2) * weights.unsqueeze(-1)).flatten(-2)
+
+
+# --- third blocks: they read and write the whole stream between MLP k-1 and attention k -------------------------------
+THIRD_BLOCK = "a third block between the MLP and the next attention reads the stream, so nothing can be left out of it"
+
+
+def untouched(record, holder, state):
+    return state
+
+
+def add_ngram_embedding(record, holder, state):  # qwen4_exp
+    return state if holder.ple is None else state + record.calls[holder.ple].repeat(state)
+
+
+def add_per_layer_input(record, holder, state):  # gemma4, which also scales the stream
+    if holder.hidden_size_per_layer_input:
+        gate = holder.act_fn(holder.per_layer_input_gate(state))
+        projected = holder.per_layer_projection(gate * record.calls[holder].args[1])
+        state = state + holder.post_per_layer_input_norm(projected)
+    return state * holder.layer_scalar
+
+
 # --- MoE blocks: (routed, shared or None) ----------------------------------------------------------------------------
 def route(shape, moe, x, *gate_extra) -> Tensor:
     """gate(x) -> (logits, weights, indices); experts(x, indices, weights)."""
@@ -324,6 +381,15 @@ def shared_beside(shape, holder, x, record):  # granite: the shared MLP is a sib
     return route(shape, moe, x), None if holder.shared_mlp is None else holder.shared_mlp(x)
 
 
+def gemma(shape, holder, state, record):
+    """A dense MLP beside the experts, each with norms of its own before and after; the router reads the raw state."""
+    flat = state.reshape(-1, state.shape[-1])
+    _, weights, indices = holder.router(flat)
+    routed = holder.experts(holder.pre_feedforward_layernorm_2(flat), indices, weights)
+    dense = holder.mlp(holder.pre_feedforward_layernorm(state))
+    return holder.post_feedforward_layernorm_2(routed), holder.post_feedforward_layernorm_1(dense)
+
+
 def hy_v3(shape, holder, x, record):
     moe = holder.mlp
     routed, shared = route(shape, moe, x, moe.e_score_correction_bias), shared_of(shape, moe, x)
@@ -369,6 +435,9 @@ class Shape:
     split: Callable = common
     read: Callable = norm
     update: Callable = add
+    enter: Callable = untouched          # what a layer does to the stream before its attention
+    leave: Callable = untouched          # and after its MLP
+    third_block: Callable = lambda layer: False  # is there one between the MLP in front and this attention?
     nonlinear: str = ""                  # why the update has no partial state; empty where it is linear
     parallel: bool = False               # attention and MLP read the same state in the model itself
     one_block_per_module: bool = False   # two modules of the stack make one decoder layer
@@ -401,6 +470,8 @@ class Shape:
 
 QWEN_GATED = dict(shared="shared_expert", split=gated_shared)
 SCALED_ROUTED = dict(split=scaled_routed("routed_scaling_factor"))
+GEMMA_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+GEMMA = dict(mlp="experts", experts="gate_up_proj", mlp_norm=None, split=gemma, always_shared=True)
 GRANITE = dict(mlp="block_sparse_moe", router="router", shared="shared_mlp", split=shared_beside,
                shared_in_layer=True, update=add_multiplied)
 HYPER = dict(read=collapse_and_norm, update=expand_and_mix)
@@ -463,13 +534,18 @@ PARALLEL_SHAPES = {  # x + attention(norm(x)) + mlp(norm(x)), one norm for both
 SANDWICH_SHAPES = {  # a norm after the block: outdated reads are defined, partial ones only without a shared expert
     "afmoe": Shape(mlp_norm="pre_mlp_layernorm", split=afmoe, nonlinear=POST_NORM,
                    update=add_normed("post_attention_layernorm", "post_mlp_layernorm")),
+    "diffusion_gemma": Shape(update=add_normed_and_scale(*GEMMA_NORMS), nonlinear=POST_NORM, **GEMMA),
     "flex_olmo": Shape(attention_norm=None, mlp_norm=None, nonlinear=POST_NORM,
                        update=add_normed("post_attention_layernorm", "post_feedforward_layernorm")),
+    "gemma4": Shape(update=add_normed(*GEMMA_NORMS), nonlinear=POST_NORM, leave=add_per_layer_input,
+                    third_block=lambda layer: True, **GEMMA),
     "kolibri1": Shape(nonlinear=POST_NORM, update=add_normed("post_self_attn_layernorm", "post_mlp_layernorm")),
 }
-HYPER_SHAPES = {  # several streams side by side, mixed by weights that are made from the stream
+HYPER_SHAPES = {  # linear too: several streams side by side, mixed by weights that are made from the stream
     "deepseek_v4": Shape(split=deepseek_v4, **HYPER),
     "glm5_next": Shape(**HYPER),
+    "qwen4_exp": Shape(read=mixed_input, update=inject, enter=add_ngram_embedding,
+                       third_block=lambda layer: layer.ple is not None, **QWEN_GATED),
 }
 SHAPES = {**PLAIN_SHAPES, **LINEAR_SHAPES, **PARALLEL_SHAPES, **SANDWICH_SHAPES, **HYPER_SHAPES}
 

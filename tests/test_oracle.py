@@ -6,7 +6,9 @@ import oracle as O
 import pytest
 import torch
 
-SHARED_PART_UNDEFINED = {"afmoe", "kolibri1"}  # post-norm over routed + shared
+POST_NORMED = {"afmoe", "diffusion_gemma", "gemma4", "kolibri1"}  # a norm over routed + shared: no partial state
+THIRD_BLOCK = {"gemma4"}  # something else reads the stream between MLP k-1 and attention k: no outdated state either
+SCALED_STREAM = {"doge", "deepseek_v4", "glm5_next"}  # the update changes the stream even where it adds nothing
 TOLERANCE = 1e-5
 
 
@@ -24,6 +26,11 @@ def original(family):
 @torch.no_grad()
 def run(family, connectivity, layers=None):
     return O.oracle(family, tiny(family), families.inputs(family), connectivity, layers)
+
+
+def undefined(family, connectivity):
+    reads = O.READS[connectivity][0]
+    return (family in POST_NORMED and reads == "partial") or (family in THIRD_BLOCK and reads != "full")
 
 
 def difference(a, b):
@@ -55,7 +62,7 @@ def test_connectivities_differ_where_they_must(family):
         try:
             outcomes[connectivity] = run(family, connectivity)
         except O.Undefined:
-            assert family in SHARED_PART_UNDEFINED and O.READS[connectivity][0] == "partial"
+            assert undefined(family, connectivity)
     for connectivity, logits in outcomes.items():
         assert torch.isfinite(logits).all()
         same_as_model = connectivity == "none" or (connectivity == "mlp_only" and family in O.PARALLEL)
@@ -75,11 +82,51 @@ def test_first_converted_layer_keeps_its_attention(family):
 
 
 def test_undefined_says_why():
-    for family in SHARED_PART_UNDEFINED:
+    for family in POST_NORMED - THIRD_BLOCK:
         with pytest.raises(O.Undefined, match="norm stands over the sum"):
             run(family, "farskip")
-    with pytest.raises(O.Undefined, match="per-layer input"):
-        O.oracle("gemma4", None, {}, "farskip")
+    with pytest.raises(O.Undefined, match="third block"):
+        run("gemma4", "ladder")
+    with pytest.raises(O.Undefined, match="encoder and decoder"):
+        O.oracle("nllb_moe", None, {}, "farskip")
+
+
+def silence(model, *names):
+    """Zero every parameter of the modules of these names: they contribute nothing."""
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")[:-1]) & set(names):
+            torch.nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize("family", sorted(set(O.DEFINED) - POST_NORMED))
+@torch.no_grad()
+def test_the_routed_part_is_the_experts(family):
+    """Silent experts have nothing in flight, so attention reads R; this checks the split of each MoE block."""
+    model, inputs = families.tiny(family, jitter=0.1), families.inputs(family)
+    silence(model, "experts", "up_embed")
+    for with_partial, without in ("attn_only", "none"), ("farskip", "mlp_only"):
+        expected = O.oracle(family, model, inputs, without)
+        assert difference(O.oracle(family, model, inputs, with_partial), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", sorted(set(O.DEFINED) - POST_NORMED - SCALED_STREAM))
+@torch.no_grad()
+def test_the_ready_part_is_all_but_the_experts(family):
+    """With silent shared experts and dense MLPs the routed part is all there is: partial and outdated states agree."""
+    model, inputs = families.tiny(family, jitter=0.1), families.inputs(family)
+    silence(model, "shared_experts", "shared_expert", "shared_mlp")
+    for layer, kind in zip(O.layers_of(O.shape_of(family), model), O.layer_kinds(family, model)):
+        if kind["dense"]:
+            silence(O.shape_of(family).mlp_of(layer), *"gate_proj up_proj down_proj".split())
+    expected = O.oracle(family, model, inputs, "ladder")
+    assert difference(O.oracle(family, model, inputs, "farskip"), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", O.DEFINED)
+@torch.no_grad()
+def test_the_cache_of_the_recording_run_is_not_attended(family):
+    inputs = dict(families.inputs(family), use_cache=True)
+    assert difference(O.oracle(family, tiny(family), inputs, "none"), original(family)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "flint", "qwen3_moe"])
