@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from .exchanges import Exchange
-from .spec import Shape
+from .spec import Shape, SpecError
 
 CLOSE = 0.04                                # a calibrated time this near to its target is near enough
 TRIES = 5
@@ -64,12 +64,12 @@ def _within(rate: float) -> int:
 
 def link_rates(exchanges: list[Exchange], seconds: list[float], rank: int, world: int) -> dict[str, float]:
     """Latency from the small exchanges, bytes a second from the large ones with the latency taken off."""
-    small = [took for exchange, took in zip(exchanges, seconds) if exchange.small]
-    latency = sorted(small)[len(small) // 2] if small else 0.0
+    latency = min((took for exchange, took in zip(exchanges, seconds) if exchange.small), default=0.0)
     large = [(exchange.leaving(rank, world), took) for exchange, took in zip(exchanges, seconds) if not exchange.small]
-    carried, took = sum(sent for sent, _ in large), sum(max(took - latency, 0.0) for _, took in large)
-    if not carried or not took:
-        raise ValueError("the recorded exchanges are too small to measure a link with; take more --tokens or --hidden")
+    if not large:
+        raise SpecError("the model's exchanges are too small to measure a link with; take more --tokens or --hidden")
+    # A small exchange may wait for the other rank longer than a large one takes; latency is then not to be trusted.
+    carried, took = sum(sent for sent, _ in large), sum(max(took - latency, took / 4) for _, took in large)
     return {"link_bytes": carried / took, "link_latency": latency}
 
 

@@ -20,7 +20,7 @@ from . import product
 from .calibrate import Calibrated, compute_rates, find_rate, link_rates
 from .exchanges import Exchange, record, replay, slowest
 from .figures import Phase, Spread, bound, hidden, limit
-from .model import Reference, build, relative_difference, tokens
+from .model import Reference, build, logits_of, reference_logits, relative_difference, tokens
 from .parent import Parent
 from .pieces import Pieces, rows_per_expert, time_pieces
 from .spec import WORLD, Spec
@@ -69,15 +69,15 @@ class Measurement:
 
     # 2 rewire
     def rewire(self) -> None:
-        call: Any = self.model
         if self.ours:
-            call = compile_for_report(self.model, self.spec)
-        step = Step(call, self.model, self.ids, self.train)
-        step()                                              # traces; what is recorded below runs without tracing
-        if self.ours:
+            compiled = compile_for_report(self.model, self.spec)
+            step = Step(lambda ids: logits_of(compiled, ids), self.model, self.ids, self.train)
+            step()
             self.parent.tell("layers", mode=self.mode, layers=product.layers(),
                              **self.differences(step, self.spec.connectivity))
-        step.reset()
+        # The exchanges come from the reference's own loop over the sharded model: same tokens, same routing.
+        connectivity = self.spec.connectivity if self.ours else "none"
+        step = Step(lambda ids: reference_logits(self.model, ids, connectivity), self.model, self.ids, self.train)
         self.exchanges: list[list[Exchange]] = record(*step.phases())
         if not self.flat():
             raise RuntimeError("the sharded model ran without one functional collective; is expert_parallel in effect?")
@@ -134,7 +134,8 @@ class Measurement:
             self.parent.tell("compiling", mode=self.mode, label=label, expected_s=self.expected_s())
         dist.barrier()
         start = time.perf_counter()
-        step = Step(compile_variant(name, self.model, self.spec, rates), self.model, self.ids, self.train)
+        compiled = compile_variant(name, self.model, self.spec, rates)
+        step = Step(lambda ids: logits_of(compiled, ids), self.model, self.ids, self.train)
         step()
         took = slowest([time.perf_counter() - start])[0]
         facts = {"compile_s": took, **self.differences(step, connectivity_of(name, self.spec))}

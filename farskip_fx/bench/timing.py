@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from .exchanges import slowest
 from .figures import Spread, fit_rounds
-from .model import logits_of, loss_of
+from .model import loss_of
 
 Timed = Callable[[], list[float]]           # runs once, gives the seconds of its phases
 
 
 class Step:
-    """One step of a compiled model: forward alone, or forward with loss and then backward, as two phases."""
+    """One step of a model: forward alone, or forward with loss and then backward, as two phases."""
 
-    def __init__(self, compiled: Callable[..., Any], model: nn.Module, ids: Tensor, train: bool) -> None:
-        self.compiled, self.model, self.ids, self.train = compiled, model, ids, train
+    def __init__(self, logits_of: Callable[[Tensor], Tensor], model: nn.Module, ids: Tensor, train: bool) -> None:
+        self.logits_of, self.model, self.ids, self.train = logits_of, model, ids, train
         self.logits: Tensor | None = None
         self.loss: Tensor | None = None
 
     def forward(self) -> None:
         with torch.set_grad_enabled(self.train):
-            self.logits = logits_of(self.compiled, self.ids)
+            self.logits = self.logits_of(self.ids)
             self.loss = loss_of(self.logits, self.ids) if self.train else None
 
     def backward(self) -> None:
