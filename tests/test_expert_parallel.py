@@ -1,0 +1,500 @@
+"""Expert parallelism over two real processes: equal to the single process, one graph, the way back, transformers' own door.
+
+Rank functions stand at module level (tests/ranks.py starts them in fresh interpreters). Comparing gradients, with L_r the
+loss of rank r: an expert's must be that of sum_r L_r, a dense parameter's that of L_r alone (expert_parallel.py, Gradients).
+"""
+from __future__ import annotations
+
+import copy
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from families import FAMILIES, inputs, tiny
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from farskip_fx.expert_parallel import (
+    EXCHANGES,
+    expert_parallel,
+    expert_parameters,
+    full_state_dict,
+    gather_experts,
+    load_full_state_dict,
+)
+
+NO_INTERFACE = {"dbrx", "doge", "llama4", "nllb_moe", "step3p7", "switch_transformers"}
+"""Families whose experts do not use transformers' experts interface (5.23): refused, with the reason."""
+INTERFACE = [family for family in FAMILIES if family not in NO_INTERFACE]
+# gated; shared expert and groups; transposed, biased and interleaved; transposed; biased; not gated; hashed routing
+VARIED = ["qwen3_moe", "deepseek_v3", "gpt_oss", "aria", "openai_privacy_filter", "nemotron_h", "deepseek_v4"]
+TOLERANCE = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Helpers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def twins(family: str) -> tuple[nn.Module, nn.Module]:
+    """Two equal models, equal on all ranks too (a few families leave parameters uninitialised)."""
+    model = tiny(family, jitter=0.1)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
+    return model, copy.deepcopy(model)
+
+
+def logits(output) -> Tensor:
+    return output["logits"] if isinstance(output, dict) else output.logits
+
+
+def loss(output: Tensor) -> Tensor:
+    """A sum with different weights: a plain mean would hide permuted tokens."""
+    return (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest deviation, relative to the largest entry where that is above one."""
+    return ((actual - expected).abs().max() / max(1.0, expected.abs().max())).item()
+
+
+def compare(model: nn.Module, reference: nn.Module, ours: dict, others: list[dict], forward=None) -> dict[str, float]:
+    """Runs the sharded `model` on this rank's inputs and the reference on them and on the other ranks'; returns the
+    differences above TOLERANCE, by "forward" or parameter name."""
+    output = logits((forward or model)(**ours))
+    loss(output).backward()
+    actual = gradients(model)
+
+    expected_output = logits(reference(**ours))
+    loss(expected_output).backward()
+    dense = gradients(reference)
+    for other in others:
+        loss(logits(reference(**other))).backward()
+    summed = gradients(reference)
+
+    wrong = {"forward": difference(output, expected_output)}
+    for name, parameter in model.named_parameters():
+        shard = getattr(parameter, "_farskip_expert_group", None)
+        expected = dense.get(name) if shard is None else shard.take(summed[name]) if name in summed else None
+        if expected is None or name not in actual:
+            # an expert that no token of any rank reaches may have a zero gradient or none
+            wrong[name] = 0.0 if expected is None and (name not in actual or not actual[name].any()) else float("inf")
+        else:
+            wrong[name] = difference(actual[name], expected)
+    return {name: value for name, value in wrong.items() if not value <= TOLERANCE}
+
+
+def rank_inputs(family: str, rank: int, exchange: str) -> tuple[dict, list[dict]]:
+    """This rank's inputs, and those of the others that the experts' gradients sum over."""
+    if exchange == "all_reduce":  # replicated tokens: one loss
+        return inputs(family, seed=0), []
+    return inputs(family, seed=rank), [inputs(family, seed=other) for other in range(dist.get_world_size()) if other != rank]
+
+
+class Recorder:
+    """A Dynamo backend that keeps the Dynamo graphs and AOT's forward and backward graphs, and runs them as they are."""
+
+    def __init__(self):
+        self.dynamo, self.forward, self.backward = [], [], []
+
+    def __call__(self, gm, example_inputs):
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(store):
+            return lambda graph, _: store.append(graph) or make_boxed_func(graph.forward)
+
+        self.dynamo.append(gm)
+        return aot_autograd(fw_compiler=keep(self.forward), bw_compiler=keep(self.backward))(gm, example_inputs)
+
+
+def communication(gm) -> dict[str, int]:
+    """Name of each communication op in the graph -> how often."""
+    found: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if "c10d" in str(node.target):
+            found[str(node.target)] = found.get(str(node.target), 0) + 1
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal to the single process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def families_equal(rank: int, families: list[str], exchange: str) -> dict[str, dict[str, float]]:
+    failures = {}
+    for family in families:
+        model, reference = twins(family)
+        expert_parallel(model, exchange=exchange)
+        ours, others = rank_inputs(family, rank, exchange)
+        if wrong := compare(model, reference, ours, others):
+            failures[family] = wrong
+    return failures
+
+
+def test_all_to_all_equals_single_process_on_every_family():
+    assert run_ranks(families_equal, families=INTERFACE, exchange="all_to_all", timeout=420) == [{}, {}]
+
+
+def test_all_reduce_equals_single_process():
+    assert run_ranks(families_equal, families=VARIED, exchange="all_reduce") == [{}, {}]
+
+
+def skewed_routing(rank: int, compiled: bool) -> list[dict]:
+    """An experts module alone, with routing chosen by hand: (tokens per rank, experts they may choose)."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    cases = [
+        ((16, 16), range(0, 4)),  # rank 1's experts receive no token at all
+        ((16, 16), range(7, 8)),  # one expert receives every token
+        ((5, 30), range(0, 8)),  # uneven batches
+        ((0, 12), range(0, 8)),  # a rank without tokens
+    ]
+    config = MixtralConfig(hidden_size=16, intermediate_size=8, num_local_experts=8, experts_implementation="grouped_mm")
+    results = []
+    for counts, allowed in cases:
+        torch.manual_seed(0)
+        reference = MixtralExperts(config)
+        for parameter in reference.parameters():
+            nn.init.normal_(parameter)
+        model = copy.deepcopy(reference)
+        expert_parallel(model)
+        torch._dynamo.reset()
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        per_rank = [
+            (torch.randn(n, 16), torch.randint(allowed.start, allowed.stop, (n, 2)), torch.rand(n, 2)) for n in counts
+        ]
+
+        tokens, ids, weights = (t.clone() for t in per_rank[rank])
+        tokens.requires_grad_(), weights.requires_grad_()
+        output = forward(tokens, ids, weights)
+        loss(output).backward()
+        # The reference takes all ranks' tokens; grouped_mm's backward refuses an empty batch, so it never sees one.
+        all_tokens = torch.cat([t for t, _, _ in per_rank]).requires_grad_()
+        all_weights = torch.cat([w for _, _, w in per_rank]).requires_grad_()
+        mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        expected = reference(all_tokens, torch.cat([i for _, i, _ in per_rank]), all_weights)
+        sum(loss(part) for part in expected.split(counts)).backward()
+        pairs = {
+            "forward": (output, expected[mine]),
+            "tokens": (tokens.grad, all_tokens.grad[mine]),
+            "weights": (weights.grad, all_weights.grad[mine]),
+        }
+        for name, parameter in expert_parameters(model).items():
+            pairs[name] = (parameter.grad, parameter._farskip_expert_group.take(getattr(reference, name).grad))
+        wrong = {name: difference(a, b) for name, (a, b) in pairs.items() if a.numel() and difference(a, b) > TOLERANCE}
+        results.append(wrong)
+    return results
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_skewed_routing(compiled):
+    assert run_ranks(skewed_routing, compiled=compiled) == [[{}] * 4] * 2
+
+
+def sub_mesh(rank: int) -> dict[str, float]:
+    """dp 2 x ep 2: ranks {0, 1} and {2, 3} each hold all experts once."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    model, reference = twins("mixtral")
+    expert_parallel(model, mesh["ep"])
+    neighbour = rank ^ 1
+    return compare(model, reference, inputs("mixtral", seed=rank), [inputs("mixtral", seed=neighbour)])
+
+
+def test_one_dimension_of_a_mesh():
+    assert run_ranks(sub_mesh, world_size=4) == [{}] * 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compiled_families(rank: int, families: list[str], exchange: str, fullgraph: bool) -> dict[str, dict]:
+    results = {}
+    for family in families:
+        torch._dynamo.reset()
+        model, reference = twins(family)
+        expert_parallel(model, exchange=exchange)
+        recorder = Recorder()
+        wrong = compare(
+            model,
+            reference,
+            *rank_inputs(family, rank, exchange),
+            forward=torch.compile(model, backend=recorder, fullgraph=fullgraph),
+        )
+        splits = [n.meta["example_value"] for n in recorder.dynamo[0].graph.nodes if n.target == "item"]
+        results[family] = {
+            "wrong": wrong,
+            "graphs": (len(recorder.dynamo), len(recorder.forward), len(recorder.backward)),
+            "forward": communication(recorder.forward[0]),
+            "backward": communication(recorder.backward[0]),
+            "layers": len({id(p._farskip_expert_group) for p in expert_parameters(model).values()}),
+            "hints": {torch.fx.experimental.symbolic_shapes.optimization_hint(split) for split in splits},
+            "config leaked": torch._dynamo.config.capture_scalar_outputs,
+        }
+    return results
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_all_to_all_is_one_graph(fullgraph):
+    """Per layer, forward: counts, dispatch, combine; backward: the two big ones. All functional, one wait each."""
+    families = ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"]
+    for results in run_ranks(compiled_families, families=families, exchange="all_to_all", fullgraph=fullgraph):
+        for family, result in results.items():
+            layers = result["layers"]
+            assert result == {
+                "wrong": {},
+                "graphs": (1, 1, 1),
+                "forward": {
+                    "_c10d_functional.all_to_all_single.default": 3 * layers,
+                    "_c10d_functional.wait_tensor.default": 3 * layers,
+                },
+                "backward": {
+                    "_c10d_functional.all_to_all_single.default": 2 * layers,
+                    "_c10d_functional.wait_tensor.default": 2 * layers,
+                },
+                "layers": layers,
+                "hints": {16},  # 16 tokens x top 2, balanced over two ranks
+                "config leaked": False,
+            }, family
+
+
+def test_all_reduce_is_one_graph():
+    """Per layer, forward: one sum; backward: the gradients of tokens and router weights."""
+    for results in run_ranks(compiled_families, families=["qwen3_moe", "gpt_oss"], exchange="all_reduce", fullgraph=False):
+        for family, result in results.items():
+            layers = result["layers"]
+            assert (result["wrong"], result["graphs"]) == ({}, (1, 1, 1)), family
+            assert result["forward"] == dict.fromkeys(
+                ["_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"], layers
+            ), family
+            assert result["backward"] == dict.fromkeys(
+                ["_c10d_functional.all_reduce.default", "_c10d_functional.wait_tensor.default"], 2 * layers
+            ), family
+
+
+def inductor(rank: int) -> tuple[dict[str, float], list[dict[str, int]]]:
+    import torch._inductor.config
+
+    graphs = []
+    model, reference = twins("qwen3_moe")
+    expert_parallel(model)
+    with torch._inductor.config.patch(
+        post_grad_custom_post_pass=lambda graph: graphs.append(communication(graph.owning_module)), force_disable_caches=True
+    ):
+        compiled = torch.compile(model)
+        wrong = compare(model, reference, *rank_inputs("qwen3_moe", rank, "all_to_all"), forward=compiled)
+    return wrong, graphs
+
+
+def test_inductor_forward_and_backward():
+    for wrong, graphs in run_ranks(inductor, timeout=400):
+        assert wrong == {}
+        assert len(graphs) == 2  # one forward, one backward, with the functional ops still in them after post-grad
+        assert all(set(graph) == {"_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"} for graph in graphs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharded in place, and the way back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sharding(rank: int) -> None:
+    model, reference = twins("gpt_oss")
+    frozen = model.model.layers[0].mlp.experts.down_proj
+    frozen.requires_grad_(False)
+    assert expert_parallel(model) is model
+
+    full = dict(reference.named_parameters())
+    experts = expert_parameters(model)
+    assert sorted(experts) == sorted(name for name in full if ".experts." in name) and len(experts) == 3 * 4
+    for name, parameter in experts.items():
+        assert torch.equal(parameter, full[name][4 * rank : 4 * rank + 4])
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4  # a copy, not a view that keeps the rest
+        assert parameter._farskip_expert_group.group.rank == rank
+        assert parameter.requires_grad == (name != "model.layers.0.mlp.experts.down_proj")
+    assert {n for n, p in model.named_parameters() if hasattr(p, "_farskip_expert_group")} == set(experts)
+
+    # DDP ignores them under both spellings
+    compiled = torch.compile(model, backend="eager")
+    for spelling in (model, compiled):
+        ignored = set(spelling._ddp_params_and_buffers_to_ignore)
+        assert ignored >= {n for n, p in spelling.named_parameters() if hasattr(p, "_farskip_expert_group")}
+
+    # The exchange has a group of its own, one for all models; the model's config is not ours to change.
+    group = experts["model.layers.0.mlp.experts.down_proj"]._farskip_expert_group.group
+    assert group.name != dist.group.WORLD.group_name
+    assert not model.config._experts_implementation.startswith("farskip")
+    second = expert_parallel(reference)
+    assert next(iter(expert_parameters(second).values()))._farskip_expert_group.group.name == group.name
+
+    # A copy still exchanges
+    with torch.no_grad():
+        expected = model(**inputs("gpt_oss")).logits
+        assert torch.equal(copy.deepcopy(model)(**inputs("gpt_oss")).logits, expected)
+
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts \(GptOssExperts\) is sharded already: call gather_experts"):
+        expert_parallel(model)
+
+
+def test_sharded_in_place():
+    run_ranks(sharding)
+
+
+def way_back(rank: int, path: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, reference = twins("qwen3_moe")
+    expected = reference.state_dict()
+    expert_parallel(model)
+
+    state = full_state_dict(model)
+    assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in expected)
+
+    if rank == 0:  # an ordinary checkpoint
+        model.save_pretrained(path, state_dict=state)
+    dist.barrier()
+    loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+    changed = {name: tensor + 1 for name, tensor in expected.items()}
+    load_full_state_dict(model, changed)
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in full_state_dict(model).items())
+    with pytest.raises(ValueError, match="has 4 experts in the state dict, the model 8: pass a full state dict"):
+        load_full_state_dict(model, model.state_dict())
+
+    load_full_state_dict(model, expected)
+    gather_experts(model)
+    assert expert_parameters(model) == {} and model._ddp_params_and_buffers_to_ignore == []
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(**inputs("qwen3_moe")).logits, reference(**inputs("qwen3_moe")).logits)
+    expert_parallel(model, exchange="all_reduce")  # and once more, differently
+
+
+def test_way_back():
+    with tempfile.TemporaryDirectory() as path:
+        run_ranks(way_back, path=path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_world():
+    """A default group of three ranks in this process: enough for errors, which come before any communication."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    yield
+    dist.destroy_process_group()
+
+
+def test_needs_torch_distributed():
+    with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group first"):
+        expert_parallel(tiny("qwen3_moe"))
+
+
+def test_group_must_divide_the_experts(fake_world):
+    model = tiny("qwen3_moe")
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts \(Qwen3MoeExperts\) has 8 experts, which 3 ranks do not"):
+        expert_parallel(model)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("family", sorted(NO_INTERFACE))
+def test_families_without_the_interface_are_refused(fake_world, family):
+    with pytest.raises(ValueError, match="has no experts that expert_parallel can find.*use_experts_implementation"):
+        expert_parallel(tiny(family))
+
+
+def test_unknown_exchange(fake_world):
+    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_reduce'"):
+        expert_parallel(tiny("qwen3_moe"), exchange="allgather")
+
+
+def test_mesh_of_two_dimensions(fake_world):
+    mesh = init_device_mesh("cpu", (3, 1), mesh_dim_names=("dp", "ep"))
+    with pytest.raises(ValueError, match=r"needs one mesh dimension, got 2 \(\('dp', 'ep'\)\): pass e.g. mesh\['ep'\]"):
+        expert_parallel(tiny("qwen3_moe"), mesh)
+
+
+def test_way_back_needs_sharded_experts():
+    for function in (gather_experts, full_state_dict, lambda model: load_full_state_dict(model, {})):
+        with pytest.raises(ValueError, match="has no sharded experts: call expert_parallel"):
+            function(tiny("qwen3_moe"))
+
+
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+def test_implementation_without_sharding(exchange):
+    model = tiny("qwen3_moe")
+    model.set_experts_implementation(f"farskip_{exchange}")
+    with pytest.raises(RuntimeError, match="its experts are not sharded: call farskip_fx.expert_parallel"):
+        model(**inputs("qwen3_moe"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformers' own door
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def from_pretrained(rank: int, path: str, implementation: str, fullgraph: bool) -> dict:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation=implementation)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+    reference = AutoModelForCausalLM.from_pretrained(path)
+    experts = model.model.layers[0].mlp.experts
+    recorder = Recorder()
+    compiled = torch.compile(model, backend=recorder, fullgraph=fullgraph)
+
+    sample = inputs("qwen3_moe")
+    # 15 tokens: two ranks do not divide them. (Eagerly: this must not be a second graph.)
+    odd = {**sample, "input_ids": sample["input_ids"][:, :15]}
+    with torch.no_grad():
+        wrong = {"odd": difference(model(**odd).logits, reference(**odd).logits)}
+    output, expected = compiled(**sample).logits, reference(**sample).logits
+    loss(output).backward(), loss(expected).backward()
+    wrong["forward"] = difference(output, expected)
+    for name, parameter in model.named_parameters():  # DTensors where transformers shards: compare them whole
+        gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        wrong[name] = difference(gradient, dict(reference.named_parameters())[name].grad)
+    return {
+        "wrong": {name: value for name, value in wrong.items() if value > TOLERANCE},
+        "graphs": (len(recorder.dynamo), len(recorder.forward), len(recorder.backward)),
+        "local experts": experts.gate_up_proj.to_local().size(0),
+        "forward": communication(recorder.forward[0]),
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("qwen3_moe"))
+    tiny("qwen3_moe", jitter=0.1).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_distributed_config_with_our_implementation(checkpoint, fullgraph):
+    for result in run_ranks(from_pretrained, path=checkpoint, implementation="farskip", fullgraph=fullgraph):
+        assert (result["wrong"], result["graphs"], result["local experts"]) == ({}, (1, 1, 1), 4)
+        assert result["forward"]["_c10d_functional.all_to_all_single.default"] == 3 * 3
+        assert not [op for op in result["forward"] if not op.startswith("_c10d_functional.")]
+
+
+def test_transformers_own_all_reduce_is_one_graph_as_it_is(checkpoint):
+    for result in run_ranks(from_pretrained, path=checkpoint, implementation="all_reduce", fullgraph=True):
+        assert (result["wrong"], result["graphs"], result["local experts"]) == ({}, (1, 1, 1), 4)
