@@ -184,7 +184,7 @@ def all_to_all_experts(
     # Combine. index_copy undoes the sort; its backward is a gather, where indexing by the inverse would scatter.
     outputs = _all_to_all(outputs, send, receive, group.name)
     unsorted = outputs.new_empty(order.numel(), outputs.size(-1)).index_copy(0, order, outputs)
-    return (unsorted.view(*expert_ids.shape, -1) * weights.unsqueeze(-1)).sum(dim=1).to(tokens.dtype)
+    return (unsorted.view(*expert_ids.shape, outputs.size(-1)) * weights.unsqueeze(-1)).sum(dim=1).to(tokens.dtype)
 
 
 def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,7 @@ def _wait(children: list, deadline: float) -> None:
 
 
 def _collect(folder: str, children: list, unfinished: list[int], timeout: float) -> list[Any]:
+    """The results, or every failure, the first in time first: the others are often its echo ("connection closed")."""
     results, failures = [], []
     for rank, child in enumerate(children):
         path = Path(folder, f"rank{rank}.pkl")
@@ -122,13 +123,14 @@ def _collect(folder: str, children: list, unfinished: list[int], timeout: float)
         if status == "returned":
             results.append(value)
         elif status == "raised":
-            failures.insert(0, f"rank {rank} raised:\n{value}")
+            failures.append((path.stat().st_mtime, f"rank {rank} raised:\n{value}"))
         elif rank in unfinished:
-            failures.append(f"rank {rank} did not finish (stopped after another rank failed, or after {timeout:.0f} s)")
+            message = f"rank {rank} did not finish (stopped after another rank failed, or after {timeout:.0f} s)"
+            failures.append((float("inf"), message))
         else:
-            failures.append(f"rank {rank} died with exit code {value}")
+            failures.append((0.0, f"rank {rank} died with exit code {value}"))
     if failures:
-        raise RankFailure("\n\n".join(failures))
+        raise RankFailure("\n\n".join(message for _, message in sorted(failures)))
     return results
 
 

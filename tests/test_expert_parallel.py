@@ -67,7 +67,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 def compare(model: nn.Module, reference: nn.Module, ours: dict, others: list[dict], forward=None) -> dict[str, float]:
     """Runs the sharded `model` on this rank's inputs and the reference on them and on the other ranks'; returns the
     differences above TOLERANCE, by "forward" or parameter name."""
-    output = logits((forward or model)(**ours))
+    output = logits((model if forward is None else forward)(**ours))
     loss(output).backward()
     actual = gradients(model)
 
@@ -147,7 +147,11 @@ def test_all_reduce_equals_single_process():
     assert run_ranks(families_equal, families=VARIED, exchange="all_reduce") == [{}, {}]
 
 
-def skewed_routing(rank: int, compiled: bool) -> list[dict]:
+def skewed_routing(rank: int) -> dict[str, list[dict]]:
+    return {"eager": skewed_cases(rank, compiled=False), "compiled": skewed_cases(rank, compiled=True)}
+
+
+def skewed_cases(rank: int, compiled: bool) -> list[dict]:
     """An experts module alone, with routing chosen by hand: (tokens per rank, experts they may choose)."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -195,9 +199,8 @@ def skewed_routing(rank: int, compiled: bool) -> list[dict]:
     return results
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_skewed_routing(compiled):
-    assert run_ranks(skewed_routing, compiled=compiled) == [[{}] * 4] * 2
+def test_skewed_routing():
+    assert run_ranks(skewed_routing) == [{"eager": [{}] * 4, "compiled": [{}] * 4}] * 2
 
 
 def sub_mesh(rank: int) -> dict[str, float]:
@@ -218,9 +221,10 @@ def test_one_dimension_of_a_mesh():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compiled_families(rank: int, families: list[str], exchange: str, fullgraph: bool) -> dict[str, dict]:
+def compiled_families(rank: int, families: list[str], exchange: str) -> dict[str, dict]:
+    """Without fullgraph, where a break would be silent; the last family once more with it."""
     results = {}
-    for family in families:
+    for family, fullgraph in [*((family, False) for family in families), (families[-1], True)]:
         torch._dynamo.reset()
         model, reference = twins(family)
         expert_parallel(model, exchange=exchange)
@@ -232,7 +236,7 @@ def compiled_families(rank: int, families: list[str], exchange: str, fullgraph: 
             forward=torch.compile(model, backend=recorder, fullgraph=fullgraph),
         )
         splits = [n.meta["example_value"] for n in recorder.dynamo[0].graph.nodes if n.target == "item"]
-        results[family] = {
+        results[f"{family}{' fullgraph' * fullgraph}"] = {
             "wrong": wrong,
             "graphs": (len(recorder.dynamo), len(recorder.forward), len(recorder.backward)),
             "forward": communication(recorder.forward[0]),
@@ -244,11 +248,10 @@ def compiled_families(rank: int, families: list[str], exchange: str, fullgraph: 
     return results
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_all_to_all_is_one_graph(fullgraph):
+def test_all_to_all_is_one_graph():
     """Per layer, forward: counts, dispatch, combine; backward: the two big ones. All functional, one wait each."""
     families = ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"]
-    for results in run_ranks(compiled_families, families=families, exchange="all_to_all", fullgraph=fullgraph):
+    for results in run_ranks(compiled_families, families=families, exchange="all_to_all"):
         for family, result in results.items():
             layers = result["layers"]
             assert result == {
@@ -270,7 +273,7 @@ def test_all_to_all_is_one_graph(fullgraph):
 
 def test_all_reduce_is_one_graph():
     """Per layer, forward: one sum; backward: the gradients of tokens and router weights."""
-    for results in run_ranks(compiled_families, families=["qwen3_moe", "gpt_oss"], exchange="all_reduce", fullgraph=False):
+    for results in run_ranks(compiled_families, families=["qwen3_moe", "gpt_oss"], exchange="all_reduce"):
         for family, result in results.items():
             layers = result["layers"]
             assert (result["wrong"], result["graphs"]) == ({}, (1, 1, 1)), family
@@ -450,7 +453,11 @@ def test_implementation_without_sharding(exchange):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(rank: int, path: str, implementation: str, fullgraph: bool) -> dict:
+def from_pretrained(rank: int, path: str, cases: list[tuple[str, bool]]) -> list[dict]:
+    return [loaded(path, implementation, fullgraph) for implementation, fullgraph in cases]
+
+
+def loaded(path: str, implementation: str, fullgraph: bool) -> dict:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -458,6 +465,7 @@ def from_pretrained(rank: int, path: str, implementation: str, fullgraph: bool) 
     model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
     reference = AutoModelForCausalLM.from_pretrained(path)
     experts = model.model.layers[0].mlp.experts
+    torch._dynamo.reset()
     recorder = Recorder()
     compiled = torch.compile(model, backend=recorder, fullgraph=fullgraph)
 
@@ -480,21 +488,14 @@ def from_pretrained(rank: int, path: str, implementation: str, fullgraph: bool) 
     }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("qwen3_moe"))
-    tiny("qwen3_moe", jitter=0.1).save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_distributed_config_with_our_implementation(checkpoint, fullgraph):
-    for result in run_ranks(from_pretrained, path=checkpoint, implementation="farskip", fullgraph=fullgraph):
-        assert (result["wrong"], result["graphs"], result["local experts"]) == ({}, (1, 1, 1), 4)
-        assert result["forward"]["_c10d_functional.all_to_all_single.default"] == 3 * 3
-        assert not [op for op in result["forward"] if not op.startswith("_c10d_functional.")]
-
-
-def test_transformers_own_all_reduce_is_one_graph_as_it_is(checkpoint):
-    for result in run_ranks(from_pretrained, path=checkpoint, implementation="all_reduce", fullgraph=True):
-        assert (result["wrong"], result["graphs"], result["local experts"]) == ({}, (1, 1, 1), 4)
+def test_distributed_config(tmp_path):
+    """from_pretrained with transformers' own DistributedConfig: our implementation, with and without fullgraph, and
+    transformers' own all_reduce as it is."""
+    tiny("qwen3_moe", jitter=0.1).save_pretrained(tmp_path)
+    cases = [("farskip", False), ("farskip", True), ("all_reduce", True)]
+    for results in run_ranks(from_pretrained, path=str(tmp_path), cases=cases):
+        for result in results:
+            assert (result["wrong"], result["graphs"], result["local experts"]) == ({}, (1, 1, 1), 4)
+        for result in results[:2]:  # counts, dispatch, combine in each of three layers
+            assert result["forward"]["_c10d_functional.all_to_all_single.default"] == 3 * 3
+            assert not [op for op in result["forward"] if not op.startswith("_c10d_functional.")]
