@@ -5,6 +5,8 @@ in this file and nowhere else. (Appended to by several modules; keep the section
 """
 from __future__ import annotations
 
+import torch
+
 # --- Dynamo graphs: passes/dataflow.py, farskip_fx/frame.py ------------------------------------------------------
 from torch._C._functorch import is_batchedtensor  # noqa: F401  2.0: a vmapped tensor has no storage to look at
 from torch._dynamo.symbolic_convert import InstructionTranslator  # 2.0: which frame a backend compiles
@@ -37,3 +39,234 @@ def mode_options(mode):
         return {}
     import torch._inductor
     return dict(torch._inductor.list_mode_options(mode))
+
+
+# --- sizes: passes/costs.py --------------------------------------------------------------------------------------
+UNBACKED_SIZE = 8192    # of a symbol that nobody hinted; a constant, so that ranks agree
+
+
+def size_hint(size) -> int:
+    """``size`` (an int or a SymInt) as a number for estimates; never guards, never specialises.
+
+    ``optimization_hint`` (2.11) honours ``torch._dynamo.override_optimization_hint``. Without it: what the symbol's
+    own hint says, if it has one.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    try:
+        from torch.fx.experimental.symbolic_shapes import optimization_hint
+    except ImportError:
+        hint = getattr(size.node, "_hint", None)
+        return UNBACKED_SIZE if hint is None else int(hint)
+    return int(optimization_hint(size, UNBACKED_SIZE))
+
+
+def flop_formula(packet):
+    """``torch.utils.flop_counter``'s formula of an op packet, or None; it takes shapes in the place of tensors."""
+    from torch.utils.flop_counter import flop_registry
+    return flop_registry.get(packet)
+
+
+def group_size(name: str) -> int:
+    """Ranks of the process group of that name (2.1); 1 where there is none in this process."""
+    try:
+        from torch.distributed.distributed_c10d import _resolve_process_group
+        return _resolve_process_group(name).size()
+    except (ImportError, KeyError, LookupError, RuntimeError, TypeError, ValueError):
+        return 1
+
+
+# --- ops by what they do to the world: passes/schedule.py --------------------------------------------------------
+def is_view_op(target) -> bool:
+    """Returns an alias of an argument and writes nothing (schema alias annotations, 1.0)."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or any(_is_write(r) for r in schema.returns):
+        return False
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def writes_memory(target) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(_is_write(a) for a in schema.arguments)
+
+
+def draws_random(target) -> bool:
+    """Advances a generator (tag ``nondeterministic_seeded``, 2.0); Inductor's own seeds are ordinary values."""
+    tag = torch.Tag.nondeterministic_seeded
+    return isinstance(target, torch._ops.OpOverload) and tag in target.tags
+
+
+def has_effect(target) -> bool:
+    """An op registered as effectful (2.4), or the higher-order op that threads its token."""
+    name = getattr(target, "__name__", "")
+    if name == "with_effects":
+        return True
+    try:
+        from torch._higher_order_ops.effects import _get_effect as effect_of            # 2.11
+    except ImportError:
+        try:
+            from torch._higher_order_ops.effects import get_effect_key as effect_of     # 2.4 to 2.10
+        except ImportError:
+            return False
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    try:
+        return effect_of(target) is not None
+    except TypeError:       # get_effect_key(op, args, kwargs)
+        return effect_of(target, (), {}) is not None
+
+
+def _is_write(argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+# --- Inductor's scheduler: passes/fence.py -----------------------------------------------------------------------
+# torch._inductor.scheduler, .dependencies and .ir are "prototype, subject to change" by their own words. Imported
+# late: importing Inductor takes a second.
+RENAMES_MAY_BE_LOST = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
+"""CPU, up to 2.13: ``SchedulerNode.recompute_size_and_body`` drops the renames of mutated buffers."""
+
+
+def scheduler_of(snodes):
+    return snodes[0].scheduler if snodes else None
+
+
+def is_extern(snode) -> bool:
+    """One kernel that Inductor does not generate loops for, and that computes something: mm, attention, a collective."""
+    from torch._inductor import ir
+    node = snode.node
+    return isinstance(node, ir.ExternKernel) and not isinstance(node, (ir.MultiOutput, ir.NopKernel))
+
+
+def is_template(snode) -> bool:
+    from torch._inductor import ir
+    return isinstance(snode.node, ir.TemplateBuffer)
+
+
+def is_launch(snode) -> bool:
+    from torch._inductor.utils import is_collective
+    return is_collective(snode.node)
+
+
+def is_wait(snode) -> bool:
+    from torch._inductor.utils import is_wait
+    return is_wait(snode.node)
+
+
+def order_after(snode, earlier) -> bool:
+    """Make ``snode`` run after ``earlier``: a dependency that carries no data. False if there is nothing to hang it on."""
+    from torch._inductor.dependencies import WeakDep
+    mine, theirs = _a_buffer(snode), _a_buffer(earlier)
+    if mine is None or theirs is None:
+        return False
+    snode.add_fake_dep(WeakDep(theirs, mutating_buf=mine, is_fake=True))    # is_fake: 2.9, does not extend lifetimes
+    return True
+
+
+def depend_on_buffer(snode, buffer: str) -> None:
+    from torch._inductor.dependencies import WeakDep
+    snode.add_fake_dep(WeakDep(buffer, mutating_buf=_a_buffer(snode), is_fake=True))
+
+
+def resort(scheduler, snodes):
+    """Topological order that stays near the given one, and ancestors that know the new dependencies."""
+    scheduler.nodes = scheduler.topological_sort_schedule(snodes)
+    scheduler.compute_ancestors()
+    return scheduler.nodes
+
+
+def rename_reads(snode, renames: dict[str, str]) -> bool:
+    """Let ``snode`` (not a fused one) read the given versions of buffers; False if it does already."""
+    renamed = snode.read_writes.rename(renames)
+    if renamed == snode.read_writes:
+        return False
+    snode.set_read_writes(renamed)
+    return True
+
+
+def refresh_group(snode) -> None:
+    from torch._inductor.scheduler import FusedSchedulerNode, refresh_group_node_dependencies
+    if isinstance(snode, FusedSchedulerNode):
+        refresh_group_node_dependencies(snode)
+
+
+def operation_number(name: str) -> int:
+    """Inductor names operations op0, op1, ... as it lowers them: the planned order."""
+    return int(name.removeprefix("op"))
+
+
+def when_order_is_final(scheduler, check) -> None:
+    """Call ``check(nodes)`` after the last reordering. There is no hook there, so this instance's next step carries it.
+
+    ``Scheduler._init`` calls ``compute_last_usage`` right after the reorders for peak memory and partitions (2.5).
+    """
+    step = scheduler.compute_last_usage
+
+    def checked_step():
+        check(scheduler.nodes)
+        return step()
+
+    scheduler.compute_last_usage = checked_step
+
+
+def _a_buffer(snode) -> str | None:
+    return next(iter(snode.get_buffer_names()), None)
+
+
+# --- Inductor's settings: farskip_fx/overlap.py ------------------------------------------------------------------
+OVERLAP_SETTINGS = {
+    "reorder_for_compute_comm_overlap": False,
+    "bucket_all_gathers_fx": "none",
+    "bucket_reduce_scatters_fx": "none",
+    "bucket_all_reduces_fx": "none",
+    "combo_kernels": False,
+    "_micro_pipeline_tp": False,
+    "_fuse_ddp_communication": False,
+    "_collective.auto_select": False,
+    "enable_simple_overlap": False,                                             # only in some builds
+    "aten_distributed_optimizations.enable_simple_overlap": False,              # only in some builds
+    "aten_distributed_optimizations.enable_overlap_scheduling": False,          # 2.9
+    "aten_distributed_optimizations.enable_low_contention_collectives": False,  # 2.12
+    "aten_distributed_optimizations.allow_comms_decompositions": False,         # 2.13
+    "triton.reorder_for_reducing_graph_partitions": False,                      # 2.9
+}
+"""What else in Inductor moves, merges or replaces collectives or the kernels around them."""
+
+
+def inductor_setting(name: str):
+    import torch._inductor.config as inductor_config
+    value = inductor_config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def settings_off() -> dict[str, object]:
+    """The part of ``OVERLAP_SETTINGS`` that this version knows."""
+    return {name: value for name, value in OVERLAP_SETTINGS.items() if _has_setting(name)}
+
+
+def _has_setting(name: str) -> bool:
+    try:
+        inductor_setting(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def custom_pass_bases():
+    """(CustomGraphPass, CustomSchedulerPass): 2.5 and 2.9. A pass with a ``uuid`` does not switch the caches off."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomSchedulerPass
+    return CustomGraphPass, CustomSchedulerPass
+
+
+def takes_several_passes() -> bool:
+    """Whether a custom graph pass may be a tuple of passes (2.13)."""
+    import torch._inductor.custom_graph_pass as module
+    return hasattr(module, "get_custom_graph_passes")
+
+
+def inference_aware_pass():
+    """A graph pass that is called with ``is_inference`` (2.9), or None."""
+    import torch._inductor.custom_graph_pass as module
+    return getattr(module, "CustomInferenceAwareGraphPass", None)

@@ -1,0 +1,358 @@
+"""One compute stream, one link a process group: simulate an order of items, search for a better one, bound what is possible.
+
+Contract: numbers only, no graphs. Everything is deterministic: ties go to the smaller item. Time is close to linear in
+the number of items, but for ``lower_bound``, which is quadratic in the number of collectives (a matrix product).
+
+Terms
+  item            runs on the compute stream for ``seconds``; a launch starts its collective, a wait idles for it
+  order           a permutation of the items in which each comes after the items it needs
+  link            collectives of one group, first in, first out: each starts at max(link free, now)
+  launches' order is fixed: each launch needs the one before it
+  tail            longest path from an item to the end, over compute and links
+  mirror          the same problem from the end: edges turned round, a wait starts the collective, a launch needs it done
+
+Steps of the search
+  1. List schedules: always run the ready item with the longest tail. A rule says how long to idle for a wait that is
+     more urgent, rather than start something that would overrun it (*patience*), and whether something shorter may fill
+     the gap first.
+  2. Backward-forward improvement (Li and Willis 1992; Tormos and Lova 2001): schedule the mirror by decreasing finish
+     times, then forward again by increasing start times; repeat while it gets better.
+  3. Local search: let one long item wait for its next turn (behind the next exchange); keep what helps.
+"""
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+COMPUTE, LAUNCH, WAIT = range(3)
+_PATIENCE = (0.0, 0.15, 0.4, 1.0, float("inf"))
+_ROUNDS = 4
+_FILLERS = 32          # shorter items looked at for one gap
+_EPSILON = 1e-9
+
+
+@dataclass(kw_only=True)
+class Problem:
+    """Items and collectives. ``link[i]`` is the collective that item i launches or waits for, else -1."""
+    seconds: list[float]
+    role: list[int]
+    link: list[int]
+    before: list[list[int]]
+    link_seconds: list[float]       # by collective, in launch order
+    link_group: list[int]
+    share: float = 0.0              # of the compute stream that a busy link takes
+    after: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.after = [[] for _ in self.seconds]
+        for item, sources in enumerate(self.before):
+            for source in sources:
+                self.after[source].append(item)
+
+    def mirror(self) -> Problem:
+        """The problem that a reversed order solves. A collective with several waits is started by one of them."""
+        last = {}
+        for item, role in enumerate(self.role):
+            if role == WAIT:
+                last[self.link[item]] = item
+        role = [WAIT if r == LAUNCH and self.link[i] in last else
+                LAUNCH if r == WAIT and last[self.link[i]] == i else COMPUTE for i, r in enumerate(self.role)]
+        count = len(self.link_seconds)
+        return Problem(seconds=self.seconds, role=role, link=[count - 1 - l if l >= 0 else -1 for l in self.link],
+                       before=self.after, link_seconds=self.link_seconds[::-1], link_group=self.link_group[::-1],
+                       share=self.share)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A simulated order. ``idle_at`` is what the compute stream lost at each wait."""
+    end: float
+    idle: float
+    start: list[float]
+    finish: list[float]
+    link_start: list[float]
+    link_finish: list[float]
+    idle_at: dict[int, float]
+
+
+class _Links:
+    """Where each collective stands; starts them in their fixed order, each in its group's queue."""
+
+    def __init__(self, p: Problem) -> None:
+        count = len(p.link_seconds)
+        self.start = [float("nan")] * count
+        self.finish = [float("inf")] * count
+        self.busy_until = 0.0
+        self._p = p
+        self._issued: list[float | None] = [None] * count
+        self._queue: dict[int, list[int]] = {}
+        for link in sorted((p.link[i] for i, r in enumerate(p.role) if r == LAUNCH), reverse=True):
+            self._queue.setdefault(p.link_group[link], []).append(link)
+        self._free = dict.fromkeys(self._queue, 0.0)
+
+    def issue(self, link: int, now: float) -> list[int]:
+        """Start ``link``, and those that stood in the queue behind it; returns all that have a finish time now."""
+        group = self._p.link_group[link]
+        self._issued[link] = now
+        queue, begun = self._queue[group], []
+        while queue and self._issued[queue[-1]] is not None:
+            head = queue.pop()
+            self.start[head] = max(self._free[group], self._issued[head], now if head != link else 0.0)
+            self.finish[head] = self._free[group] = self.start[head] + self._p.link_seconds[head]
+            self.busy_until = max(self.busy_until, self._free[group])
+            begun.append(head)
+        return begun
+
+    def after_compute(self, now: float, seconds: float) -> float:
+        """When a computation ends that starts now, slowed down while a link is busy."""
+        share = self._p.share
+        shared = self.busy_until - now
+        if not share or shared <= 0:
+            return now + seconds
+        if seconds <= shared * (1 - share):
+            return now + seconds / (1 - share)
+        return now + seconds + shared * share
+
+
+def run(p: Problem, order: Sequence[int]) -> Run:
+    """Simulate ``order``, a valid one."""
+    links, now, idle = _Links(p), 0.0, {}
+    start, finish = [0.0] * len(order), [0.0] * len(order)
+    for item in order:
+        if p.role[item] == WAIT and links.finish[p.link[item]] > now:
+            idle[item] = links.finish[p.link[item]] - now
+            now = links.finish[p.link[item]]
+        start[item] = now
+        now = links.after_compute(now, p.seconds[item])
+        finish[item] = now
+        if p.role[item] == LAUNCH:
+            links.issue(p.link[item], now)
+    unawaited = [f for f in links.finish if f != float("inf")]
+    return Run(end=max([now, *unawaited]), idle=sum(idle.values()) + max(0.0, max(unawaited, default=0.0) - now),
+               start=start, finish=finish, link_start=links.start, link_finish=links.finish, idle_at=idle)
+
+
+# --- list schedules ----------------------------------------------------------------------------------------------
+def topological(p: Problem, key: Callable[[int], float] = float) -> list[int]:
+    """A valid order; smaller keys first where dependencies leave a choice."""
+    missing = [len(sources) for sources in p.before]
+    heap = [(key(i), i) for i, m in enumerate(missing) if not m]
+    heapq.heapify(heap)
+    order = []
+    while heap:
+        _, item = heapq.heappop(heap)
+        order.append(item)
+        for user in p.after[item]:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(heap, (key(user), user))
+    return order
+
+
+def tails(p: Problem) -> list[float]:
+    """Longest path from each item to the end, itself included."""
+    tail = [0.0] * len(p.seconds)
+    landing = [0.0] * len(p.link_seconds)       # of each collective: the longest tail of its waits
+    for item in reversed(topological(p)):
+        rest = max((tail[u] for u in p.after[item]), default=0.0)
+        if p.role[item] == LAUNCH:
+            rest = max(rest, p.link_seconds[p.link[item]] + landing[p.link[item]])
+        tail[item] = p.seconds[item] + rest
+        if p.role[item] == WAIT:
+            landing[p.link[item]] = max(landing[p.link[item]], tail[item])
+    return tail
+
+
+def list_schedule(p: Problem, priority: Sequence[float], *, patience: float, fill: bool) -> list[int]:
+    """Run what is ready in order of ``priority``, larger first.
+
+    Args:
+        patience: idle for a more urgent wait if that costs at most this share of the item that would overrun it.
+        fill: put shorter ready items into the gap first.
+    """
+    missing = [len(sources) for sources in p.before]
+    links, now = _Links(p), 0.0
+    ready: list[tuple[float, int]] = []
+    flying: list[int] = []                      # waits whose turn it is but for their collective
+    order: list[int] = []
+
+    def offer(item: int) -> None:
+        if p.role[item] == WAIT:
+            flying.append(item)
+        else:
+            heapq.heappush(ready, (-priority[item], item))
+
+    for item, count in enumerate(missing):
+        if not count:
+            offer(item)
+    while ready or flying:
+        for wait in [w for w in flying if links.finish[p.link[w]] <= now]:
+            flying.remove(wait)
+            heapq.heappush(ready, (-priority[wait], wait))
+        if ready:
+            item = heapq.heappop(ready)[1]
+            if p.role[item] == COMPUTE and flying:
+                item = _or_wait(p, item, links, now, ready, flying, priority, patience, fill)
+        else:
+            item = min(flying, key=lambda w: (links.finish[p.link[w]], -priority[w], w))
+            flying.remove(item)
+        if p.role[item] == WAIT:
+            now = max(now, links.finish[p.link[item]])
+        now = links.after_compute(now, p.seconds[item])
+        if p.role[item] == LAUNCH:
+            links.issue(p.link[item], now)
+        order.append(item)
+        for user in p.after[item]:
+            missing[user] -= 1
+            if not missing[user]:
+                offer(user)
+    return order
+
+
+def _or_wait(p: Problem, item: int, links: _Links, now: float, ready: list, flying: list[int],
+             priority: Sequence[float], patience: float, fill: bool) -> int:
+    """``item``, or what should run instead because a more urgent wait ends while ``item`` would run."""
+    end = links.after_compute(now, p.seconds[item])
+    urgent = [w for w in flying if links.finish[p.link[w]] < end and priority[w] > priority[item]]
+    if not urgent:
+        return item
+    wait = max(urgent, key=lambda w: (priority[w], -w))
+    done = links.finish[p.link[wait]]
+    if fill:
+        for entry in heapq.nsmallest(_FILLERS, ready):
+            if links.after_compute(now, p.seconds[entry[1]]) <= done:
+                ready.remove(entry)
+                heapq.heapify(ready)
+                heapq.heappush(ready, (-priority[item], item))
+                return entry[1]
+    if done - now <= patience * p.seconds[item]:
+        heapq.heappush(ready, (-priority[item], item))
+        flying.remove(wait)
+        return wait
+    return item
+
+
+# --- search ------------------------------------------------------------------------------------------------------
+def search(p: Problem, incoming: Sequence[int]) -> list[tuple[float, list[int]]]:
+    """Good orders and their simulated ends, best first; the incoming one is among them."""
+    found: dict[tuple[int, ...], float] = {tuple(incoming): run(p, incoming).end}
+    mirror = p.mirror()
+    tail = tails(p)
+    for patience in _PATIENCE:
+        for fill in (False, True):
+            order = list_schedule(p, tail, patience=patience, fill=fill)
+            _improve(p, mirror, order, found, patience=patience, fill=fill)
+    return sorted(((end, list(order)) for order, end in found.items()), key=lambda entry: entry[0])
+
+
+def _improve(p: Problem, mirror: Problem, order: list[int], found: dict, *, patience: float, fill: bool) -> None:
+    """Backward-forward improvement, for as long as it helps; everything tried goes into ``found``."""
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        result = run(p, order)
+        found.setdefault(tuple(order), result.end)
+        if result.end > best * (1 - _EPSILON):
+            return
+        best = result.end
+        backward = list_schedule(mirror, result.finish, patience=patience, fill=fill)
+        right = run(mirror, backward)
+        reverse = backward[::-1]
+        found.setdefault(tuple(reverse), run(p, reverse).end)
+        # Right-justified start times: the mirror's finish, seen from the other end.
+        order = list_schedule(p, right.finish, patience=patience, fill=fill)
+
+
+# --- bound -------------------------------------------------------------------------------------------------------
+def lower_bound(p: Problem) -> float:
+    """No order with these launches can end earlier.
+
+    The larger of: all compute and what links take from it; the longest path; and, over every collective c, the earliest
+    end of c plus the least time after it. Earliest: after each collective b that c needs, everything that lies between
+    the two runs on one compute stream. So what a chain of exchanges leaves serial, and what its ends expose, counts.
+    """
+    compute = sum(p.seconds)
+    if not p.link_seconds:
+        return compute
+    groups: dict[int, float] = {}
+    for group, seconds in zip(p.link_group, p.link_seconds):
+        groups[group] = groups.get(group, 0.0) + seconds
+    earliest = _earliest_ends(p)
+    latest = _earliest_ends(p.mirror())[::-1]
+    through = max(e + l - s for e, l, s in zip(earliest, latest, p.link_seconds))
+    return max(compute + p.share * max(groups.values()), max(tails(p)), max(groups.values()), through)
+
+
+def _earliest_ends(p: Problem) -> list[float]:
+    """When each collective can have ended at the earliest, counted from the start of the program."""
+    count = len(p.link_seconds)
+    launch = [-1] * count
+    waits: list[list[int]] = [[] for _ in range(count)]
+    for item, role in enumerate(p.role):
+        if role == LAUNCH:
+            launch[p.link[item]] = item
+        elif role == WAIT:
+            waits[p.link[item]].append(item)
+    needs, follows = _needs(p, launch), _follows(p, waits)
+    seconds = np.asarray(p.seconds)
+    between = (follows * seconds) @ needs.T             # [b, c]: compute after b's wait that c's launch needs
+    alone = needs @ seconds
+    needed = np.zeros((count, count), dtype=bool)       # [b, c]: c's launch needs b's wait
+    for b in range(count):
+        for wait in waits[b]:
+            needed[b] |= needs[:, wait].astype(bool)
+    path = _path_starts(p)
+    ends = np.zeros(count)
+    last: dict[int, float] = {}
+    begun = 0.0
+    for c in range(count):
+        begin = max(alone[c], path[launch[c]] if launch[c] >= 0 else 0.0)
+        if c and needed[:c, c].any():
+            begin = max(begin, (ends[:c] + between[:c, c])[needed[:c, c]].max())
+        group = p.link_group[c]
+        begun = begin
+        ends[c] = max(begun, last.get(group, 0.0)) + p.link_seconds[c]
+        last[group] = ends[c]
+    return ends.tolist()
+
+
+def _path_starts(p: Problem) -> list[float]:
+    """Longest path to each item's end."""
+    path = [0.0] * len(p.seconds)
+    landing = [0.0] * len(p.link_seconds)
+    for item in topological(p):
+        begin = max((path[s] for s in p.before[item]), default=0.0)
+        if p.role[item] == WAIT:
+            begin = max(begin, landing[p.link[item]])
+        path[item] = begin + p.seconds[item]
+        if p.role[item] == LAUNCH:
+            landing[p.link[item]] = path[item] + p.link_seconds[p.link[item]]
+    return path
+
+
+def _needs(p: Problem, launches: Sequence[int]) -> np.ndarray:
+    """[collective, item]: the launch needs the item, itself included."""
+    return _reach(p.before, topological(p), [[i] if i >= 0 else [] for i in launches])
+
+
+def _follows(p: Problem, waits: Sequence[Iterable[int]]) -> np.ndarray:
+    """[collective, item]: the item needs one of the collective's waits."""
+    return _reach(p.after, topological(p)[::-1], [list(w) for w in waits])
+
+
+def _reach(edges: Sequence[Sequence[int]], order: Sequence[int], seeds: Sequence[Sequence[int]]) -> np.ndarray:
+    """[seed set, item]: the item is reached along ``edges``; ``order`` has every edge's end before its beginning."""
+    carried = [0] * len(edges)
+    for row, items in enumerate(seeds):
+        for item in items:
+            carried[item] |= 1 << row
+    for item in reversed(order):
+        if carried[item]:
+            for end in edges[item]:
+                carried[end] |= carried[item]
+    width = (len(seeds) + 7) // 8
+    packed = np.frombuffer(b"".join(c.to_bytes(width, "little") for c in carried), dtype=np.uint8)
+    bits = np.unpackbits(packed.reshape(len(edges), width), axis=1, bitorder="little")[:, :len(seeds)]
+    return bits.T.astype(np.float64)
