@@ -88,15 +88,15 @@ def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, 
     report.unchanged = reason
     config = report.config
     broken = where.resumed or getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
-    holds_model = part or where.owns_layers and not where.resumed or any(_is_busy_anywhere(gm))
-    if not holds_model:
+    found = set(_telling_operations(gm))
+    if not (part or found or where.owns_layers and not where.resumed):
         return
     if broken or reason.code == "fragment":
         _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). Decoder "
                 "layers would be missing from the rewiring. Remove the graph break (run with "
                 "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, turn gradient "
                 "checkpointing off, or pass strict=False to run the original connectivity")
-    elif reason.code in ("no_stream", "no_moe"):
+    elif reason.code == "no_moe" or reason.code == "no_stream" and not found & _ROUTES:
         _refuse(config, NoMoEError, f"no MoE found in {where.name!r}: {reason}. Compile a model with "
                 "mixture-of-experts layers, use connectivity='none', or pass strict=False to leave it as it is")
     else:
@@ -139,12 +139,16 @@ def _fragment(gm: GraphModule, stream, where: frame.Frame) -> Reason | None:
     return None
 
 
-def _is_busy_anywhere(gm: GraphModule):
-    """Attention or routing in this graph or in one of its subgraphs (checkpointed layers, say)."""
+_ROUTES = {"topk", "_grouped_mm", "grouped_mm_fallback", "all_to_all_single"}
+_MIXES = {"scaled_dot_product_attention", "flex_attention"}
+
+
+def _telling_operations(gm: GraphModule):
+    """What shows that a graph holds a part of a model: attention or routing, in it or in a subgraph of it (a
+    checkpointed layer, say)."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            yield from (op_name(n) in ("scaled_dot_product_attention", "topk", "flex_attention", "_grouped_mm",
-                                       "grouped_mm_fallback", "all_to_all_single") for n in module.graph.nodes)
+            yield from {op_name(n) for n in module.graph.nodes} & (_ROUTES | _MIXES)
 
 
 @contextmanager
