@@ -164,8 +164,10 @@ def order_after(snode, earlier) -> bool:
 
 
 def depend_on_buffer(snode, buffer: str) -> None:
+    """A dependency that a loop has anyway, once more without data. It names ``buffer`` as its own mutation: Inductor drops
+    what looks redundant (``_prune_redundant_deps``) only if the node itself writes what is mutated."""
     from torch._inductor.dependencies import WeakDep
-    snode.add_fake_dep(WeakDep(buffer, mutating_buf=_a_buffer(snode), is_fake=True))
+    snode.add_fake_dep(WeakDep(buffer, mutating_buf=buffer, is_fake=True))
 
 
 def resort(scheduler, snodes):
@@ -192,7 +194,17 @@ def refresh_group(snode) -> None:
 
 def operation_number(name: str) -> int:
     """Inductor names operations op0, op1, ... as it lowers them: the planned order."""
-    return int(name.removeprefix("op"))
+    return int(name.rpartition("op")[2])
+
+
+def data_reads(snode) -> list[str]:
+    """Buffers whose contents a node reads. Weak dependencies only order."""
+    from torch._inductor.dependencies import WeakDep
+    return [d.name for d in snode.read_writes.reads if not isinstance(d, WeakDep)]
+
+
+def writer_of(scheduler, buffer: str) -> str:
+    return scheduler.name_to_buf[buffer].defining_op_name()
 
 
 def when_order_is_final(scheduler, check) -> None:

@@ -269,9 +269,10 @@ def _improve(p: Problem, mirror: Problem, order: list[int], found: dict, *, pati
 def lower_bound(p: Problem) -> float:
     """No order with these launches can end earlier.
 
-    The larger of: all compute and what links take from it; the longest path; and, over every collective c, the earliest
-    end of c plus the least time after it. Earliest: after each collective b that c needs, everything that lies between
-    the two runs on one compute stream. So what a chain of exchanges leaves serial, and what its ends expose, counts.
+    The largest of: all compute and what links take from it; the longest path; over every collective c, the earliest end
+    of c plus the least time after it (after each collective b that c needs, everything that lies between the two runs on
+    one compute stream, so what a chain of exchanges leaves serial, and what its ends expose, counts); and all compute
+    plus what a chain of collectives exposes at least (``_hidden``).
     """
     compute = sum(p.seconds)
     if not p.link_seconds:
@@ -279,42 +280,113 @@ def lower_bound(p: Problem) -> float:
     groups: dict[int, float] = {}
     for group, seconds in zip(p.link_group, p.link_seconds):
         groups[group] = groups.get(group, 0.0) + seconds
-    earliest = _earliest_ends(p)
-    latest = _earliest_ends(p.mirror())[::-1]
+    between, needed = _between(p)
+    mirror = p.mirror()
+    back, needed_back = _between(mirror)
+    earliest = _earliest_ends(p, between, needed)
+    latest = _earliest_ends(mirror, back, needed_back)[::-1]
     through = max(e + l - s for e, l, s in zip(earliest, latest, p.link_seconds))
-    return max(compute + p.share * max(groups.values()), max(tails(p)), max(groups.values()), through)
+    chain = _heaviest_chain(p, between, needed)
+    chained = compute + sum(p.link_seconds[c] for c in chain) - _hidden(p, chain, between)
+    return max(compute + p.share * max(groups.values()), max(tails(p)), max(groups.values()), through, chained)
 
 
-def _earliest_ends(p: Problem) -> list[float]:
-    """When each collective can have ended at the earliest, counted from the start of the program."""
-    count = len(p.link_seconds)
-    launch = [-1] * count
-    waits: list[list[int]] = [[] for _ in range(count)]
+def _ends_of_links(p: Problem) -> tuple[list[int], list[list[int]]]:
+    """The launch (or -1) and the waits of each collective."""
+    launch = [-1] * len(p.link_seconds)
+    waits: list[list[int]] = [[] for _ in p.link_seconds]
     for item, role in enumerate(p.role):
         if role == LAUNCH:
             launch[p.link[item]] = item
         elif role == WAIT:
             waits[p.link[item]].append(item)
+    return launch, waits
+
+
+def _between(p: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """[b, c]: compute seconds after b's wait that c's launch needs; and whether c's launch needs b's wait at all.
+
+    The diagonal of the first has the compute that c's launch needs in all.
+    """
+    launch, waits = _ends_of_links(p)
     needs, follows = _needs(p, launch), _follows(p, waits)
     seconds = np.asarray(p.seconds)
-    between = (follows * seconds) @ needs.T             # [b, c]: compute after b's wait that c's launch needs
-    alone = needs @ seconds
-    needed = np.zeros((count, count), dtype=bool)       # [b, c]: c's launch needs b's wait
-    for b in range(count):
-        for wait in waits[b]:
+    between = (follows * seconds) @ needs.T
+    np.fill_diagonal(between, needs @ seconds)
+    needed = np.zeros(between.shape, dtype=bool)
+    for b, items in enumerate(waits):
+        for wait in items:
             needed[b] |= needs[:, wait].astype(bool)
-    path = _path_starts(p)
-    ends = np.zeros(count)
-    last: dict[int, float] = {}
-    begun = 0.0
+    return between, needed
+
+
+def _heaviest_chain(p: Problem, between: np.ndarray, needed: np.ndarray) -> list[int]:
+    """Collectives of which each needs the one before, with the largest sum of seconds."""
+    count = len(p.link_seconds)
+    best, previous = list(p.link_seconds), [-1] * count
     for c in range(count):
-        begin = max(alone[c], path[launch[c]] if launch[c] >= 0 else 0.0)
-        if c and needed[:c, c].any():
+        for b in np.flatnonzero(needed[:c, c]):
+            if best[b] + p.link_seconds[c] > best[c]:
+                best[c], previous[c] = best[b] + p.link_seconds[c], int(b)
+    chain, at = [], max(range(count), key=lambda c: (best[c], -c))
+    while at >= 0:
+        chain.append(at)
+        at = previous[at]
+    return chain[::-1]
+
+
+def _hidden(p: Problem, chain: Sequence[int], between: np.ndarray) -> float:
+    """At most so much compute runs while a collective of ``chain`` is in flight.
+
+    Flights of a chain do not overlap, and an item cannot run into two of them if something must run in between: items are
+    not divided. So each item counts for no more than the longest flight that it may run in. Which those are is an
+    interval of the chain; so taking, flight by flight, the items whose interval ends first is the best there is.
+    """
+    flights: list[list[int]] = []
+    for b, c in zip([-1, *chain], chain):
+        if b >= 0 and between[b, c] <= 0:
+            flights[-1].append(c)           # nothing need run in between: an item may run into both
+        else:
+            flights.append([c])
+    launch, waits = _ends_of_links(p)
+    room = [(1 - p.share) * sum(p.link_seconds[c] for c in flight) for flight in flights]
+    feeds = _needs(p, [launch[flight[0]] for flight in flights]).astype(bool)
+    after = _follows(p, [waits[flight[-1]] for flight in flights]).astype(bool)
+    first = after.sum(axis=0)                               # flights that are over before the item can begin
+    last = len(flights) - feeds.sum(axis=0) - 1             # the item must be over before any later one begins
+    entering: list[list[int]] = [[] for _ in flights]
+    for item, seconds in enumerate(p.seconds):
+        if seconds and first[item] <= last[item]:
+            entering[first[item]].append(item)
+    hidden, heap = 0.0, []
+    for at, items in enumerate(entering):
+        for item in items:
+            cap = max(room[at:last[item] + 1])
+            heapq.heappush(heap, (last[item], item, min(p.seconds[item], cap)))
+        left = room[at]
+        while heap and left > 0:
+            until, item, seconds = heapq.heappop(heap)
+            if until < at:
+                continue
+            used = min(left, seconds)
+            hidden, left = hidden + used, left - used
+            if seconds > used:
+                heapq.heappush(heap, (until, item, seconds - used))
+    return hidden
+
+
+def _earliest_ends(p: Problem, between: np.ndarray, needed: np.ndarray) -> list[float]:
+    """When each collective can have ended at the earliest, counted from the start of the program."""
+    launch, _ = _ends_of_links(p)
+    path = _path_starts(p)
+    ends = np.zeros(len(p.link_seconds))
+    last: dict[int, float] = {}
+    for c, item in enumerate(launch):
+        begin = max(between[c, c], path[item] if item >= 0 else 0.0)
+        if needed[:c, c].any():
             begin = max(begin, (ends[:c] + between[:c, c])[needed[:c, c]].max())
-        group = p.link_group[c]
-        begun = begin
-        ends[c] = max(begun, last.get(group, 0.0)) + p.link_seconds[c]
-        last[group] = ends[c]
+        ends[c] = max(begin, last.get(p.link_group[c], 0.0)) + p.link_seconds[c]
+        last[p.link_group[c]] = ends[c]
     return ends.tolist()
 
 
