@@ -79,7 +79,8 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
     shape = Shape()
     model = bench.add_argument_group("model")
     for name, what in SIZES.items():
-        model.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{what} ({getattr(shape, name)})")
+        flag, usual = f"--{name.replace('_', '-')}", getattr(shape, name)
+        model.add_argument(flag, type=int, metavar="N", help=f"{what} ({usual})")
     model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
     what = bench.add_argument_group("what is measured")
     what.add_argument("--mode", choices=(*MODES, "both"), default="forward",
@@ -96,16 +97,19 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
     where = bench.add_argument_group("where")
     where.add_argument("--json", type=Path, metavar="PATH", help="write everything measured there")
     where.add_argument("--no-netns", action="store_true", help="loopback, no emulated link")
+    where.add_argument("--verbose", action="store_true", help="show what rank 0's libraries print")
     bench.set_defaults(run=run_bench)
 
 
 def run_bench(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     shape = replace(Shape(), **({**QUICK_BENCH, **given} if args.quick else given))
+    rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
     spec = Spec(forward=shape, train=shape, modes=MODES if args.mode == "both" else (args.mode,),
-                variants=in_order(args.variants), ratios=tuple(args.comm_ratio),
-                rounds=args.rounds or (3 if args.quick else 8), budget_s=args.budget, seed=args.seed)
-    return report(run(spec, Console(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json))
+                variants=in_order(args.variants), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
+                seed=args.seed)
+    return report(run(spec, Console(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
+                      verbose=args.verbose))
 
 
 def add_demo(verbs: argparse._SubParsersAction) -> None:

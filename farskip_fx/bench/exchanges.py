@@ -3,8 +3,8 @@
 ``record`` runs eager code and notes every functional collective with its sizes and splits; ``replay`` repeats them with
 nothing between, which is what "comm-only" means.
 
-Never record compiled code: Dynamo skips a frame that it meets under a dispatch mode, and skips it from then on, so every
-later compile of the same model would silently run eagerly (measured, torch 2.13).
+Never record compiled code: Dynamo skips a frame that it meets under a dispatch mode, and skips it from then on, so
+every later compile of the same model would silently run eagerly (measured, torch 2.13).
 """
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ class RankFailed(RuntimeError):
 
 
 def run_ranks(link: Link, module: str, spec_path: Path, hear: Callable[[int, dict], None], *, silence_s: float,
-              idle: Callable[[], None] = lambda: None) -> None:
+              idle: Callable[[], None] = lambda: None, verbose: bool = False) -> None:
     with tempfile.TemporaryDirectory(prefix="farskip-") as folder, _terminable():
-        ranks = [_Rank(rank, link, module, spec_path, Path(folder)) for rank in range(WORLD)]
+        ranks = [_Rank(rank, link, module, spec_path, Path(folder), verbose and rank == 0) for rank in range(WORLD)]
         try:
             _listen(ranks, link, hear, idle, silence_s)
         finally:
@@ -48,9 +48,9 @@ def run_ranks(link: Link, module: str, spec_path: Path, hear: Callable[[int, dic
 
 
 class _Rank:
-    """One process: its event pipe, its standard input for answers, and a file with what rank 1 printed."""
+    """One process: its event pipe, its standard input for answers, and a file with what it printed."""
 
-    def __init__(self, rank: int, link: Link, module: str, spec_path: Path, folder: Path) -> None:
+    def __init__(self, rank: int, link: Link, module: str, spec_path: Path, folder: Path, verbose: bool) -> None:
         self.rank = rank
         read_end, write_end = os.pipe()
         self.events = os.fdopen(read_end, "rb", buffering=0)
@@ -66,8 +66,8 @@ class _Rank:
             "FARSKIP_BENCH_MEET": str(folder / "meet"), "FARSKIP_BENCH_EVENTS": str(write_end),
             "FARSKIP_BENCH_CORE": str(core_of(rank)),
         }
-        # Rank 0 speaks on our terminal (as standard error, so that standard output stays ours); rank 1 into a file.
-        output = sys.stderr.fileno() if rank == 0 and _has_descriptor(sys.stderr) else self.log
+        # What libraries print goes into a file, shown when the rank fails; verbose, to our standard error instead.
+        output = sys.stderr.fileno() if verbose and _has_descriptor(sys.stderr) else self.log
         try:
             self.process = subprocess.Popen(
                 link.enter(rank) + [sys.executable, "-m", module, str(spec_path)], env=environment,
@@ -111,8 +111,8 @@ def _listen(ranks: list[_Rank], link: Link, hear: Callable[[int, dict], None], i
             if not ready:
                 idle()
                 if time.monotonic() - heard > silence_s:
-                    raise RankFailed(f"no rank said anything for {silence_s:.0f} s; the run was ended. Rank 1 printed "
-                                     f"last:\n{ranks[1].printed()}")
+                    raise RankFailed(f"no rank said anything for {silence_s:.0f} s; the run was ended. Rank 0 printed "
+                                     f"last:\n{ranks[0].printed()}")
                 continue
             for key, _ in ready:
                 rank = key.data

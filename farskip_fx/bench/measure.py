@@ -54,7 +54,7 @@ class Measurement:
 
     # 1 build
     def build(self) -> None:
-        self.say(f"building the model ({self.shape.layers} layers, {self.shape.tokens} tokens a rank) and the reference")
+        self.say(f"building the model ({self.shape.layers} layers, {self.shape.tokens} tokens a rank), the reference")
         whole = build(self.shape, self.spec.seed)
         wanted = {connectivity_of(name, self.spec) for name in self.spec.variants}
         self.references = {name: Reference.of(whole, self.ids, name, self.train) for name in sorted(wanted)}
@@ -104,8 +104,12 @@ class Measurement:
             self.links[ratio] = find_rate(self.replay_at, leaving_bytes=leaving, target_s=ratio * compute,
                                           floor_s=floor)
             self.set_rate(self.links[ratio].rate)
+            wall, busy = time.perf_counter(), time.process_time()
             seconds = Spread(tuple(tuple(self.replay()) for _ in range(3))).phases()
-            link = from_rank_0(link_rates(self.flat(), list(seconds), self.rank, WORLD))
+            link = link_rates(self.flat(), list(seconds), self.rank, WORLD)
+            # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
+            share = (time.process_time() - busy) / (time.perf_counter() - wall)
+            link = from_rank_0({**link, "link_compute_share": min(share, 0.9)})
             self.rates[ratio] = product.rates(**self.compute_rates, **link) if self.ours else link
         self.set_rate(None)
 
@@ -148,10 +152,11 @@ class Measurement:
             self.parent.tell("compiled", mode=self.mode, label=label, schedules=self.schedules.get(label), **facts)
 
     def expected_s(self) -> float:
-        """From the last build where there was one; else what a layer took on the machine where this was written."""
-        if self.facts:
-            return [facts["compile_s"] for facts in self.facts.values()][-1]
-        return (8 + 6 * self.shape.layers) * (2 if self.train else 1)
+        """A guess for the progress line: from the builds before, and for the first one from the size alone."""
+        took = [facts["compile_s"] for facts in self.facts.values()]
+        if not took:
+            return (25 + 6 * self.shape.layers) * (2 if self.train else 1)
+        return took[-1] if len(took) > 1 else 0.4 * took[0]     # later builds find most C++ kernels compiled
 
     def differences(self, step: Step, connectivity: str) -> dict[str, float]:
         """The step's last results against the reference, the worst rank's."""

@@ -31,22 +31,26 @@ def rates(**measured: float) -> dict[str, float]:
 def layers() -> list[dict]:
     """The last compile's rewiring, one entry a layer."""
     return [{"index": layer.index, "attention_reads": layer.attention_reads, "mlp_reads": layer.mlp_reads,
-             "rewired": layer.rewired, "reason": layer.reason} for layer in _last_report().rewire.layers]
+             "rewired": layer.rewired, "reason": None if layer.reason is None else str(layer.reason),
+             "attention_read_before": layer.attention_read_before, "mlp_read_before": layer.mlp_read_before}
+            for layer in _last_report().layers]
 
 
 def schedules() -> list[dict]:
     """The last compile's schedules (forward, then backward): what hides behind what, as the scheduler predicts it."""
     return [{"collectives": [{"name": c.name, "kind": c.kind, "bytes": c.bytes, "ms": c.seconds * 1e3,
-                              "hidden_ms": c.hidden_s * 1e3, "exposed_ms": c.exposed_s * 1e3, "behind": c.behind}
+                              "hidden_ms": c.hidden_s * 1e3, "exposed_ms": c.exposed_s * 1e3, "behind": list(c.behind)}
                              for c in schedule.collectives],
              "predicted_ms": schedule.after_s * 1e3, "bound_ms": schedule.bound_s * 1e3}
             for schedule in _last_report().schedules]
 
 
 def _last_report() -> Any:
+    """Of the last compile that met decoder layers; graphs without any reach the backend too."""
     import farskip_fx as fs
 
-    reports = fs.last_reports()
-    if not reports:
-        raise RuntimeError("farskip_fx compiled nothing: last_reports() is empty after a compile with its backend")
-    return reports[-1]
+    for report in reversed(fs.last_reports()):
+        if report.layers:
+            return report
+    raise RuntimeError("farskip_fx reports no graph with decoder layers after a compile with its backend; was the "
+                       "model split over several graphs?")

@@ -20,15 +20,19 @@ from .spec import WORLD, Spec
 WORKER = "farskip_fx.bench.worker"
 
 
-def run(spec: Spec, console: Console, *, kinds: tuple[str, ...] = KINDS, json_path: Path | None = None) -> dict:
-    """The whole result, as it is written to ``json_path``. Raises RankFailed with the traceback of a rank that fails."""
+def run(spec: Spec, console: Console, *, kinds: tuple[str, ...] = KINDS, json_path: Path | None = None,
+        verbose: bool = False) -> dict:
+    """The whole result, as written to ``json_path``. Raises RankFailed, with its traceback, when a rank fails."""
     spec.check()
     with open_link(kinds) as link, tempfile.TemporaryDirectory(prefix="farskip-") as folder:
         console.print(f"link: {link.describe()}", highlight=False)
+        console.print(table.variants_table(spec.variants))
         spec_path = Path(folder) / "spec.json"
         spec.write(spec_path)
         screen = Screen(console, spec)
-        run_ranks(link, WORKER, spec_path, screen.hear, silence_s=spec.silence_s, idle=screen.progress.idle)
+        screen.on_say("starting two ranks: importing torch and transformers")
+        run_ranks(link, WORKER, spec_path, screen.hear, silence_s=spec.silence_s, idle=screen.progress.idle,
+                  verbose=verbose)
         result = assemble(screen, link)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,21 @@ from .variants import WHAT
 TOLERANCE = 1e-3                            # a variant further from the reference than this computed something else
 
 
+def variants_table(names: tuple[str, ...]) -> RenderableType:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_row(name, f"[dim]{WHAT[name]}[/]")
+    return table
+
+
 def layers_table(layers: list[dict], max_diff: float) -> RenderableType:
     table = Table(title="Rewiring: what each layer reads (R: the residual stream)", title_justify="left")
     for heading in ("layer", "attention before", "attention after", "MoE before", "MoE after", "rewired"):
         table.add_column(heading, justify="right" if heading == "layer" else "left")
     for layer in layers:
-        table.add_row(str(layer["index"]), "R", str(layer["attention_reads"]), f"R + attention {layer['index']}",
-                      str(layer["mlp_reads"]), "yes" if layer["rewired"] else f"no: {layer['reason']}")
+        table.add_row(str(layer["index"]), layer["attention_read_before"], layer["attention_reads"],
+                      layer["mlp_read_before"], layer["mlp_reads"],
+                      "yes" if layer["rewired"] else f"no: {layer['reason']}")
     agrees = Text(f"The rewired graph, run as it is, differs from the eager reference by {max_diff:.1e} at most.")
     return Group(table, agrees, warning_if_wrong(max_diff))
 
@@ -56,7 +64,7 @@ def times_table(mode: str, result: dict, rounds: int) -> RenderableType:
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for one in result["variants"]:
         wrong = one["max_diff"] > TOLERANCE
-        table.add_row(f"{one['name']}  [dim]{WHAT[one['name']]}[/]", f"{one['fast_ms']:.0f} ({one['fast_min_ms']:.0f})",
+        table.add_row(one["name"], f"{one['fast_ms']:.0f} ({one['fast_min_ms']:.0f})",
                       f"{one['slow_ms']:.0f} ({one['slow_min_ms']:.0f})", f"{one['speedup_fast']:.2f}x",
                       f"[bold]{one['speedup_slow']:.2f}x[/]",
                       f"[bold red]{one['max_diff']:.1e}[/]" if wrong else f"{one['max_diff']:.1e}")

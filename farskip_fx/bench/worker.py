@@ -26,7 +26,6 @@ def main() -> None:
 
 
 def measure_all(spec: Spec, parent: Parent) -> None:
-    parent.say("starting two ranks, importing torch and transformers")
     import torch
     import torch.distributed as dist
 
@@ -46,9 +45,9 @@ def measure_all(spec: Spec, parent: Parent) -> None:
 def scoped_settings() -> ExitStack:
     """What all variants are compiled under; as it was afterwards.
 
-    Graph caches are off, so that the figures are of this code and every pass runs. Not by ``force_disable_caches``: that
-    also gives each compile a fresh folder for C++ kernels, which are found by their content and are safe to share
-    (measured: it makes the first build four times as long, and the folders are never removed).
+    Graph caches are off, so that the figures are of this code and every pass runs. Not by ``force_disable_caches``:
+    that also gives each compile a fresh folder for C++ kernels, which are found by their content and safe to share
+    (measured: builds take twice as long, and the folders are never removed).
     """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
