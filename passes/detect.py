@@ -42,6 +42,8 @@ _ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "log", "sqr
                 "sum", "mean", "rms_norm", "layer_norm", "clamp_min", "clamp_max", "minimum", "maximum", "mish",
                 "hardtanh", "elu", "leaky_relu", "reciprocal", "float_power", "var", "norm", "rsub", "eq", "ge", "gt",
                 "le", "lt", "relu6", "normalize", "amax", "sinh", "cosh", "asinh", "arcsinh"}
+_EXPERT_MAPS = _LINEAR_MAPS | {"_grouped_mm", "grouped_mm", "grouped_mm_fallback", "scaled_grouped_mm", "getitem",
+                               "index_select"}
 _TOKEN_WISE = _VIEWS | _CASTS | _ELEMENTWISE | _LINEAR_MAPS | {"cat", "stack"}
 _ADDS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
 _ACCUMULATE = {"index_add", "index_add_", "scatter_add", "scatter_add_", "index_put", "index_put_", "addcmul", "lerp"}
@@ -125,7 +127,7 @@ def _classify(stream: Stream, update: Update) -> Block:
     exchange = next((n for n in nodes if n.op == "call_function" and op_name(n) in _EXCHANGES), None)
     selections = [n for n in nodes if op_name(n) in _SELECTORS and _scores(flow, n, before) is not None]
     selected = flow.descendants(flow.mask(selections), update.branch)
-    experts = _experts(flow, selected, before) if selections else None
+    experts = _experts(flow, nodes, selected) if selections else None
     label = _label(update)
     if experts is not None:
         if attention is not None:
@@ -185,24 +187,35 @@ def _is_weight(node: Node) -> bool:
         or "_buffers" in str(node.target) or "_parameters" in str(source)
 
 
-def _experts(flow: Dataflow, selected: int, before: Node) -> Node | None:
-    """The node that shows that the selection picks experts, not features or keys."""
+def _experts(flow: Dataflow, nodes: list[Node], selected: int) -> Node | None:
+    """The node that shows that the selection picks experts, not features (a top-k activation) or keys."""
     maps = []
-    for node in flow.members(selected):
-        name = op_name(node)
-        if name in _EXCHANGES and node.op == "call_function":
+    for node in nodes:
+        name, chosen = op_name(node), bool(selected >> flow.position[node] & 1)
+        if chosen and name in _EXCHANGES and node.op == "call_function":
             return node
         weights = [a for a in node.all_input_nodes if _is_weight(a)]
-        if not weights:
-            continue
-        if name == "embedding" or any(value_of(w) is not None and value_of(w).dim() >= 3 for w in weights):
-            return node
-        if name in _LINEAR_MAPS:
+        if weights and name in _EXPERT_MAPS and any(value_of(w).dim() >= 3 for w in weights):
+            return node                     # stacked expert weights
+        if weights and chosen and name in ("embedding", "getitem", "index_select", "gather"):
+            return node                     # weights picked by the selection
+        if weights and chosen and name in _LINEAR_MAPS:
             maps.append(node)
-            # Two maps may be a top-k activation followed by a projection; a list of experts has more.
-            if len(maps) > 2:
+            if len(maps) > 2:               # two may be a top-k activation and its projection
                 return node
+        if name in ("mul", "imul") and chosen and _scales_tokens(flow, node, selected):
+            return node
     return None
+
+
+def _scales_tokens(flow: Dataflow, node: Node, selected: int) -> bool:
+    """One number per token, made by the selection, times a vector per token."""
+    widths = {}
+    for operand in node.all_input_nodes:
+        value = value_of(operand)
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            widths[bool(selected >> flow.position[operand] & 1)] = value.shape[-1]
+    return widths.get(True) == 1 and widths.get(False, 1) != 1
 
 
 def _mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:

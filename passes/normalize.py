@@ -1,8 +1,8 @@
 """Step 0: turn in-place arithmetic on fresh values into plain arithmetic.
 
 Contract: a Dynamo graph in, the same graph out with equal results. ``x += y``, ``x.add_(y)`` and the like become a new
-value that every later reader of ``x`` uses, where that is provably the same: ``x`` is an intermediate that no other
-node views. Other writes stay; ``dataflow`` follows them.
+value that every later reader of ``x`` uses, where that is provably the same: ``x`` is an intermediate whose memory
+nothing else shows later. Other writes stay; ``dataflow`` follows them.
 
 Why: ``residual += attention`` (and llama4's ``shared.add_(routed)``) hides a stream update behind a mutation, and an
 earlier state that is overwritten in place cannot be read again.
@@ -66,5 +66,10 @@ def _is_fresh(node: Node, aliases: dict[int, list[Node]], position: dict[Node, i
     others = [value_of(a) for a in node.args[1:] if isinstance(a, Node)]
     promotes = any(isinstance(o, torch.Tensor) and o.dim() > 0 and o.dtype != before.dtype for o in others)
     shared = [a for s in storages_of(changed) for a in aliases.get(s, ())
-              if a is not changed and position[a] < position[node]]
+              if a is not changed and position[a] < position[node] and _is_seen_after(a, node, position)]
     return not promotes and not shared and not set(node.kwargs)
+
+
+def _is_seen_after(alias: Node, node: Node, position: dict[Node, int]) -> bool:
+    """Whether the write by ``node`` shows through ``alias``: it lives outside the graph, or is read later."""
+    return alias.op in ("placeholder", "get_attr") or any(position[u] > position[node] for u in alias.users)

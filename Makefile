@@ -1,0 +1,31 @@
+# Two commands on a fresh machine with Python 3.11: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first and pinned: a plain `torch` may bring several GB of CUDA.
+TORCH ?= torch==2.13.0
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo bench test clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+# Two ranks, a slow link, four variants: about 10 minutes; QUICK=1: two layers, forward only, under 3 minutes.
+demo: setup
+	$(BIN)/farskip demo $(if $(QUICK),--quick) --json build/demo.json
+
+bench: setup
+	$(BIN)/farskip bench $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -q $(ARGS)
+
+clean:
+	rm -rf build $(VENV) *.egg-info
