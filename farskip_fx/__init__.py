@@ -4,9 +4,13 @@ from .config import FarskipConfig
 from .convert import apply, farskip, remove
 from .errors import (ConfigError, FarskipError, FarskipWarning, NoMoEError, RefusedError, SplitModelError,
                      WrongConnectivityError)
+# Importing it registers the exchanges, and `ep_implementation="farskip"`, with transformers.
+from .expert_parallel import expert_parallel, expert_parameters, full_state_dict, gather_experts, load_full_state_dict
+from .passes.costs import Rates
 from .report import Report, last_reports
 
 __all__ = [
-    "ConfigError", "FarskipConfig", "FarskipError", "FarskipWarning", "NoMoEError", "RefusedError", "Report",
-    "SplitModelError", "WrongConnectivityError", "apply", "farskip", "farskip_backend", "last_reports", "remove",
+    "ConfigError", "FarskipConfig", "FarskipError", "FarskipWarning", "NoMoEError", "Rates", "RefusedError", "Report",
+    "SplitModelError", "WrongConnectivityError", "apply", "expert_parallel", "expert_parameters", "farskip",
+    "farskip_backend", "full_state_dict", "gather_experts", "last_reports", "load_full_state_dict", "remove",
 ]
