@@ -1,0 +1,25 @@
+"""Each example runs as written."""
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_quickstart():
+    out = run(sys.executable, str(EXAMPLES / "quickstart.py"))
+    assert "4 of 4 layers rewired" in out
+    assert "layer 2 attention: reads layer 1 output without the routed experts of layer 1" in out
+    assert "original ones again: True" in out
+
+
+def test_two_ranks():
+    out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+              str(EXAMPLES / "two_ranks.py"))
+    assert "2 of 2 layers rewired" in out and "backward:" in out and "loss" in out
