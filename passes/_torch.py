@@ -282,3 +282,11 @@ def inference_aware_pass():
     """A graph pass that is called with ``is_inference`` (2.9), or None."""
     import torch._inductor.custom_graph_pass as module
     return getattr(module, "CustomInferenceAwareGraphPass", None)
+
+
+# --- a fake process group: farskip_fx/bench/passes.py -------------------------------------------------------------
+def fake_ranks(size: int) -> None:
+    """Start a process group of ``size`` ranks of which only this one exists (2.0); collectives return at once."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
