@@ -128,7 +128,7 @@ class _TakeOwnRows(torch.autograd.Function):
 
 
 class _ReplicateRows(torch.autograd.Function):
-    """[n, ...], this rank's rows -> [size * n, ...], replicated. Backward: the gradient is replicated too; take one's own."""
+    """[n, ...], this rank's rows -> [size * n, ...], replicated. Backward: this rank's rows of the replicated gradient."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, rank: int, size: int, group_name: str) -> Tensor:
@@ -332,13 +332,15 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
     shared: dict[int, nn.Parameter] = {}
     for module in modules.values():
         _shard(module, ExpertGroup(own.group_name, own.size(), own.rank()), exchange, configs, shared)
-    _ignore_in_ddp(model, [f"{name}.{p}" if name else p for name, m in modules.items() for p in m._farskip_experts.parameters])
+    _ignore_in_ddp(model, list(expert_parameters(model)))
     return model
 
 
 def _process_group(group: DeviceMesh | dist.ProcessGroup | None) -> dist.ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("expert_parallel needs torch.distributed: call torch.distributed.init_process_group first (torchrun)")
+        raise RuntimeError(
+            "expert_parallel needs torch.distributed: call torch.distributed.init_process_group first (under torchrun)"
+        )
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -347,7 +349,9 @@ def _process_group(group: DeviceMesh | dist.ProcessGroup | None) -> dist.Process
         group = group.get_group()
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"rank {dist.get_rank()} is not in the group given to expert_parallel: call it on the group's ranks only")
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the group given to expert_parallel: call it on the group's ranks only"
+        )
     return group
 
 
@@ -390,8 +394,9 @@ def _check_experts(name: str, module: nn.Module, size: int, exchange: str) -> No
         raise ValueError(
             f"{what} has {module.num_experts} experts, which {size} ranks do not divide: use a group whose size divides it"
         )
-    for kind, tensors in (("parameter", module.named_parameters(recurse=False)), ("buffer", module.named_buffers(recurse=False))):
-        for tensor_name, tensor in tensors:
+    tensors = {"parameter": module.named_parameters(recurse=False), "buffer": module.named_buffers(recurse=False)}
+    for kind, named in tensors.items():
+        for tensor_name, tensor in named:
             by_expert = tensor.dim() > 0 and tensor.size(0) == module.num_experts
             if by_expert != (kind == "parameter"):
                 raise ValueError(
@@ -409,7 +414,8 @@ def _check_experts(name: str, module: nn.Module, size: int, exchange: str) -> No
 def _shard(
     module: nn.Module, group: ExpertGroup, exchange: str, configs: dict[int, object], shared: dict[int, nn.Parameter]
 ) -> None:
-    """`configs` and `shared` keep, over all modules, one new object for each old one."""
+    """`configs` and `shared` keep, over all modules, one new object for each old one (by id; every old one that is still to
+    come is alive, so no id is reused meanwhile)."""
     shard = ExpertShard(
         group=group,
         exchange=exchange,
@@ -441,7 +447,8 @@ def _local_implementation(config: object) -> str:
     """The implementation the model was to use, if it is one of the interface's; else the grouped matmul: the "eager" loop
     over experts breaks the graph."""
     requested = config._experts_implementation
-    return requested if requested in ALL_EXPERTS_FUNCTIONS else "grouped_mm"
+    ours = {f"farskip_{exchange}" for exchange in EXCHANGES}  # set by the user beforehand: would call itself
+    return requested if requested in ALL_EXPERTS_FUNCTIONS and requested not in ours else "grouped_mm"
 
 
 def _ignore_in_ddp(model: nn.Module, names: list[str]) -> None:
@@ -453,7 +460,11 @@ def _ignore_in_ddp(model: nn.Module, names: list[str]) -> None:
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The sharded parameters, by name. (The mark on a parameter does not survive deepcopy; this does.)"""
-    return {f"{name}.{p}" if name else p: getattr(m, p) for name, m in _sharded_modules(model) for p in m._farskip_experts.parameters}
+    return {
+        key: getattr(module, parameter)
+        for name, module in _sharded_modules(model)
+        for key, parameter in zip(_state_keys(name, module), module._farskip_experts.parameters, strict=True)
+    }
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -524,8 +535,8 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], *, strict: 
             if key in local:
                 if local[key].size(0) != shard.num_experts:
                     raise ValueError(
-                        f"{key} has {local[key].size(0)} experts in the state dict, the model {shard.num_experts}: pass a full "
-                        "state dict (from full_state_dict, or from the unsharded model)"
+                        f"{key} has {local[key].size(0)} experts in the state dict, the model {shard.num_experts}: pass a "
+                        "full state dict (from full_state_dict, or from the unsharded model)"
                     )
                 local[key] = shard.take(local[key])
     return model.load_state_dict(local, strict=strict)
@@ -551,7 +562,9 @@ def _gather(local: Tensor, shard: ExpertShard) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _exchanged_forward(exchange: str, self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _exchanged_forward(
+    exchange: str, self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """An experts implementation in the interface's form: `self` is the experts module, shapes as in `all_to_all_experts`."""
     shard = self.__dict__.get("_farskip_experts")
     if shard is None:
@@ -587,10 +600,10 @@ class FarskipExpertParallel(EPImplementation):
             return self._exchange(hidden_states, top_k_index, top_k_weights)
         num_tokens = hidden_states.size(0)
         padding = -num_tokens % batch.size
-        part = [
-            _TakeOwnRows.apply(nn.functional.pad(t, (0, 0, 0, padding)) if padding else t, batch.rank, batch.size, batch.name)
-            for t in (hidden_states, top_k_index, top_k_weights)
-        ]
+        whole = [hidden_states, top_k_index, top_k_weights]
+        if padding:  # with weight 0, to expert 0
+            whole = [nn.functional.pad(t, (0, 0, 0, padding)) for t in whole]
+        part = [_TakeOwnRows.apply(t, batch.rank, batch.size, batch.name) for t in whole]
         return _ReplicateRows.apply(self._exchange(*part), batch.rank, batch.size, batch.name)[:num_tokens]
 
     def _exchange(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

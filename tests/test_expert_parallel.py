@@ -290,6 +290,25 @@ def test_all_reduce_is_one_graph():
             ), family
 
 
+def changing_lengths(rank: int) -> tuple[list[float], set[int]]:
+    model, reference = twins("qwen3_moe")
+    expert_parallel(model)
+    recorder = Recorder()
+    compiled = torch.compile(model, backend=recorder, dynamic=True)
+    wrong = []
+    for length in (16, 12, 9, 20):
+        sample = {"input_ids": inputs("qwen3_moe", seed=rank)["input_ids"].repeat(1, 2)[:, :length], "use_cache": False}
+        with torch.no_grad():
+            wrong.append(difference(compiled(**sample).logits, reference(**sample).logits))
+    per_graph = {communication(gm)["_c10d_functional.all_to_all_single.default"] for gm in recorder.forward}
+    return [value for value in wrong if value > TOLERANCE], per_graph
+
+
+def test_dynamic_shapes():
+    """Whole graphs only (3 exchanges x 3 layers each), also where the number of tokens is a symbol."""
+    assert run_ranks(changing_lengths) == [([], {9})] * 2
+
+
 def inductor(rank: int) -> tuple[dict[str, float], list[dict[str, int]]]:
     import torch._inductor.config
 
@@ -308,7 +327,8 @@ def test_inductor_forward_and_backward():
     for wrong, graphs in run_ranks(inductor, timeout=400):
         assert wrong == {}
         assert len(graphs) == 2  # one forward, one backward, with the functional ops still in them after post-grad
-        assert all(set(graph) == {"_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"} for graph in graphs)
+        for graph in graphs:
+            assert set(graph) == {"_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +370,7 @@ def sharding(rank: int) -> None:
         expected = model(**inputs("gpt_oss")).logits
         assert torch.equal(copy.deepcopy(model)(**inputs("gpt_oss")).logits, expected)
 
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts \(GptOssExperts\) is sharded already: call gather_experts"):
+    with pytest.raises(ValueError, match=r"mlp\.experts \(GptOssExperts\) is sharded already: call gather_experts"):
         expert_parallel(model)
 
 
@@ -417,7 +437,7 @@ def test_needs_torch_distributed():
 def test_group_must_divide_the_experts(fake_world):
     model = tiny("qwen3_moe")
     before = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts \(Qwen3MoeExperts\) has 8 experts, which 3 ranks do not"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts \(Qwen3MoeExperts\) has 8 experts, which 3 ranks do"):
         expert_parallel(model)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == before
 
