@@ -108,7 +108,7 @@ def run_bench(args: argparse.Namespace) -> int:
     spec = Spec(forward=shape, train=shape, modes=MODES if args.mode == "both" else (args.mode,),
                 variants=in_order(args.variants), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
                 seed=args.seed)
-    return report(run(spec, Console(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
+    return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
                       verbose=args.verbose))
 
 
@@ -126,7 +126,18 @@ def run_demo(args: argparse.Namespace) -> int:
     spec = Spec(budget_s=75.0)
     if args.quick:
         spec = replace(spec, forward=replace(spec.forward, layers=2), modes=("forward",), rounds=5, budget_s=25.0)
-    return report(run(spec, Console(), json_path=args.json))
+    console = screen()
+    console.print(f"the demo: {'two layers, forward only; about three' if args.quick else 'about ten'} minutes on two "
+                  "cores that do nothing else", highlight=False)
+    return report(run(spec, console, json_path=args.json))
+
+
+def screen() -> Console:
+    """The terminal; into a log, lines wide enough for the tables."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return Console(width=120)
+    return console
 
 
 def in_order(variants: Sequence[str]) -> tuple[str, ...]:

@@ -293,6 +293,15 @@ def test_hidden():
     assert hidden(900.0, 905.0, 890.0) is None          # loopback: nothing to hide
 
 
+def test_exchanges_are_named_by_their_place():
+    from farskip_fx.bench.table import exchange_names
+
+    big = 1 << 20
+    assert exchange_names([64, big, big, 64, big, big], backward=False) == [
+        "counts 0", "dispatch 0", "combine 0", "counts 1", "dispatch 1", "combine 1"]
+    assert exchange_names([big] * 4, backward=True) == ["combine' 1", "dispatch' 1", "combine' 0", "dispatch' 0"]
+
+
 def test_spread_and_rounds():
     spread = Spread(((1.0, 2.0), (2.0, 2.0), (9.0, 2.0)))
     assert (spread.median, spread.best, spread.phase(0), spread.phases()) == (4.0, 3.0, 2.0, (2.0, 2.0))

@@ -5,6 +5,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .exchanges import SMALL_BYTES
 from .variants import WHAT
 
 TOLERANCE = 1e-3                            # a variant further from the reference than this computed something else
@@ -38,21 +39,37 @@ def warning_if_wrong(max_diff: float) -> RenderableType:
 def schedule_table(title: str, schedules: list[dict]) -> RenderableType:
     tables: list[RenderableType] = []
     for graph, schedule in zip(("forward", "backward"), schedules):
+        names = exchange_names([one["bytes"] for one in schedule["collectives"]], backward=graph == "backward")
         table = Table(title=f"{title}, {graph}: what each exchange hides behind (predicted)", title_justify="left")
         for heading, side in (("exchange", "left"), ("MB", "right"), ("ms", "right"), ("hidden", "right"),
                               ("exposed", "right"), ("behind", "left")):
             table.add_column(heading, justify=side, no_wrap=heading != "behind")
-        for one in schedule["collectives"]:
-            table.add_row(one["name"], f"{one['bytes'] / 1e6:.2f}", f"{one['ms']:.1f}", f"{one['hidden_ms']:.1f}",
+        for name, one in zip(names, schedule["collectives"]):
+            table.add_row(name, f"{one['bytes'] / 1e6:.2f}", f"{one['ms']:.1f}", f"{one['hidden_ms']:.1f}",
                           f"{one['exposed_ms']:.1f}", _behind(one["behind"]))
         tables.append(table)
     return Group(*tables)
 
 
-def _behind(behind: object) -> str:
-    if not behind:
-        return "nothing"
-    return behind if isinstance(behind, str) else ", ".join(str(one) for one in behind)
+def exchange_names(sizes: list[int], backward: bool) -> list[str]:
+    """What each all-to-all of a graph is, in launch order: its chain through the layers is serial, so order tells.
+
+    forward   counts 0, dispatch 0, combine 0, counts 1, ...
+    backward  combine' and dispatch' of the last layer first (the gradient travels the other way)
+    """
+    large = [index for index, size in enumerate(sizes) if size > SMALL_BYTES]
+    small = [index for index, size in enumerate(sizes) if size <= SMALL_BYTES]
+    names = {index: f"counts {layer}" for layer, index in enumerate(small)}
+    last = len(large) // 2 - 1
+    for place, index in enumerate(large):
+        layer = last - place // 2 if backward else place // 2
+        names[index] = f"{('combine', 'dispatch')[place % 2]}' {layer}" if backward else (
+            f"{('dispatch', 'combine')[place % 2]} {layer}")
+    return [names[index] for index in range(len(sizes))]
+
+
+def _behind(behind: list[str]) -> str:
+    return ", ".join(behind).replace("model.layers.", "layer ") or "nothing"
 
 
 def times_table(mode: str, result: dict, rounds: int) -> RenderableType:
