@@ -398,11 +398,12 @@ def _check_experts(name: str, module: nn.Module, size: int, exchange: str) -> No
     for kind, named in tensors.items():
         for tensor_name, tensor in named:
             by_expert = tensor.dim() > 0 and tensor.size(0) == module.num_experts
-            if by_expert != (kind == "parameter"):
+            quantised = tensor.element_size() < 2  # fp8 experts look alike but dispatch through another interface
+            if by_expert != (kind == "parameter") or quantised:
                 raise ValueError(
-                    f"{what}: {kind} {tensor_name} has shape {tuple(tensor.shape)}; expert_parallel shards parameters of "
-                    f"leading size {module.num_experts} and no buffers. Shard this module another way (quantised experts "
-                    "are not supported)"
+                    f"{what}: {kind} {tensor_name} is {tensor.dtype} of shape {tuple(tensor.shape)}; expert_parallel shards "
+                    f"parameters of leading size {module.num_experts} and no buffers, and no quantised experts. Load the model "
+                    "unquantised, or shard this module another way"
                 )
     if exchange == "all_reduce" and any(p.requires_grad for child in module.children() for p in child.parameters()):
         raise ValueError(
