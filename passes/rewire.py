@@ -100,7 +100,7 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Layer
         edges += builder.redirect(2 * index, layer.attention, reads.attention)
         edges += builder.redirect(2 * index + 1, layer.mlp, reads.mlp)
     graph.lint()
-    _check(graph, blocks, plan)
+    _check(blocks, plan)
     reports = tuple(_report(layer, plan.get(layer.index), layers, refused.get(layer.index)) for layer in blocks.layers)
     return Rewired(layers=reports, edges=edges, nodes_added=builder.added)
 
@@ -204,19 +204,42 @@ class _Builder:
         return node
 
 
-def _check(graph: Graph, blocks: Blocks, plan: dict[int, Reads]) -> None:
-    """No branch depends on a contribution that it may not see."""
-    flow = Dataflow(graph)
+def _check(blocks: Blocks, plan: dict[int, Reads]) -> None:
+    """No branch takes in a contribution that it may not see, by way of the stream.
+
+    What another branch made of it (a shared expert that read it, indices that layers share) is that branch's own output.
+    """
+    flow = blocks.stream.flow
+    branches = 0
+    for update in blocks.stream.updates:
+        branches |= update.branch
     for index, reads in plan.items():
         layer = blocks.layers[index]
         for block, missing in ((layer.attention, reads.attention), (layer.mlp, reads.mlp)):
+            if not missing:
+                continue
+            others = branches & ~block.update.branch
+            seen = _upstream(block.update.contribution, flow, stop=others)
             for m in missing:
-                hidden = _block(blocks, m)
-                if flow.depends(block.update.contribution, hidden.update.add) or (
-                        m.part == "all" and flow.depends(block.update.contribution, hidden.update.contribution)):
+                hidden = _block(blocks, m).update
+                if hidden.add in seen or m.part == "all" and hidden.contribution in seen:
                     raise ContractBroken(
-                        f"layer {index}: {block.label or block.update.contribution.name} still depends on "
-                        f"{hidden.update.contribution.name}, which it may not see; please report this model")
+                        f"layer {index}: {block.label or block.update.contribution.name} still reads "
+                        f"{hidden.contribution.name}, which it may not see; please report this model")
+
+
+def _upstream(node: Node, flow: Dataflow, *, stop: int) -> set[Node]:
+    """What ``node`` is computed from; nodes of ``stop`` are reached, but not passed."""
+    seen, todo = set(), [node]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        position = flow.position.get(current)       # None: a node that the rewiring added
+        if position is None or not stop >> position & 1:
+            todo += current.all_input_nodes
+    return seen
 
 
 # --- words ------------------------------------------------------------------------------------------------------
