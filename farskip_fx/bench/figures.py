@@ -54,7 +54,7 @@ def hidden(stock_fast: float, stock_slow: float, ours_slow: float, beyond_reach:
     stock nothing, as on loopback: then there is nothing to hide, and a ratio of noise would say nothing.
     """
     cost = stock_slow - stock_fast - beyond_reach
-    if cost <= 0.02 * stock_fast:
+    if cost <= 0.05 * stock_fast:
         return None
     return (stock_slow - ours_slow) / cost
 
