@@ -175,15 +175,18 @@ def list_schedule(p: Problem, priority: Sequence[float], *, patience: float, fil
     """
     missing = [len(sources) for sources in p.before]
     links, now = _Links(p), 0.0
-    ready: list[tuple[float, int]] = []
+    ready: list[tuple[bool, float, int]] = []   # a launch costs no compute and its turn is fixed: it goes at once
     flying: list[int] = []                      # waits whose turn it is but for their collective
     order: list[int] = []
+
+    def entry_of(item: int) -> tuple[bool, float, int]:
+        return p.role[item] != LAUNCH, -priority[item], item
 
     def offer(item: int) -> None:
         if p.role[item] == WAIT:
             flying.append(item)
         else:
-            heapq.heappush(ready, (-priority[item], item))
+            heapq.heappush(ready, entry_of(item))
 
     for item, count in enumerate(missing):
         if not count:
@@ -191,9 +194,9 @@ def list_schedule(p: Problem, priority: Sequence[float], *, patience: float, fil
     while ready or flying:
         for wait in [w for w in flying if links.finish[p.link[w]] <= now]:
             flying.remove(wait)
-            heapq.heappush(ready, (-priority[wait], wait))
+            heapq.heappush(ready, entry_of(wait))
         if ready:
-            item = heapq.heappop(ready)[1]
+            item = heapq.heappop(ready)[-1]
             if p.role[item] == COMPUTE and flying:
                 item = _or_wait(p, item, links, now, ready, flying, priority, patience, fill)
         else:
@@ -223,13 +226,13 @@ def _or_wait(p: Problem, item: int, links: _Links, now: float, ready: list, flyi
     done = links.finish[p.link[wait]]
     if fill:
         for entry in heapq.nsmallest(_FILLERS, ready):
-            if links.after_compute(now, p.seconds[entry[1]]) <= done:
+            if links.after_compute(now, p.seconds[entry[-1]]) <= done:
                 ready.remove(entry)
                 heapq.heapify(ready)
-                heapq.heappush(ready, (-priority[item], item))
-                return entry[1]
+                heapq.heappush(ready, (True, -priority[item], item))
+                return entry[-1]
     if done - now <= patience * p.seconds[item]:
-        heapq.heappush(ready, (-priority[item], item))
+        heapq.heappush(ready, (True, -priority[item], item))
         flying.remove(wait)
         return wait
     return item

@@ -74,7 +74,7 @@ def kernels(code):
     for line in body.splitlines():
         if "wait_tensor" in line:
             found.append("W")
-        elif "_c10d_functional." in line:
+        elif "= torch.ops._c10d_functional." in line:
             found.append("L")
         elif (match := re.search(r"extern_kernels\.(\w+)", line)):
             found.append(match[1])
@@ -97,18 +97,19 @@ def test_order_holds_in_generated_code(peak_memory):
     assert schedules[0].moved and told[0].waits == 1
 
 
-def test_unfenced_order_is_lost():
-    """Without the fence this graph loses its overlap to fusion: the test above would notice."""
-    pytest.importorskip("torch._inductor.scheduler")
+def test_loops_that_read_both_sides_do_not_drag_the_wait_forward():
+    """The loops after the wait read what was computed in front of it: fused with the relu between the two products they
+    would need the wait before the second one.
 
-    def fused(x, r, w2, w3):
+    L  norm mm relu mm  W  norm(s * q) mm, norm(r + y) mm
+    """
+    def both(x, r, w2, w3):
         y = exchange(x)
         q = (norm(r + 1) @ w2).relu() @ w2
         s = r + y
-        return norm(s + q) @ w3, (r * 3).cos(), norm(r + y) @ w2
+        return norm(s * q) @ w3, (r * 3).cos(), norm(s) @ w2
 
-    arguments = [torch.randn(D, D) for _ in range(4)]
-    _, (code, *_) = compiled(fused, arguments)
+    _, (code, *_) = compiled(both, [torch.randn(D, D) for _ in range(4)])
     order = kernels(code)
     assert order[order.index("L"):order.index("W")].count("mm") == 2
 
@@ -143,11 +144,11 @@ def test_dependencies_grow_linearly():
 
 def test_backward_that_is_compiled_lazily_is_scheduled_and_fenced():
     def fn(x, w):
-        return (torch.ops._c10d_functional_autograd.all_to_all_single(x @ w, [D // 2] * 2, [D // 2] * 2, "0") @ w).sum()
+        return (exchange(x @ w) @ w).sum()
 
     schedules, told = [], []
     x, w = torch.randn(D, D, requires_grad=True), torch.randn(D, D, requires_grad=True)
-    loss, _ = compiled(lambda x, w: fn(x, w), [x, w], grad=True, on_schedule=schedules.append, on_fence=told.append)
+    loss, _ = compiled(fn, [x, w], grad=True, on_schedule=schedules.append, on_fence=told.append)
     assert len(schedules) == 1
     with inductor_config.patch(force_disable_caches=True):
         loss.backward()
@@ -156,21 +157,6 @@ def test_backward_that_is_compiled_lazily_is_scheduled_and_fenced():
 
 
 # --- verify ------------------------------------------------------------------------------------------------------
-def sabotage(position):
-    """A scheduler pass that moves a node where it must not be."""
-    class Sabotage(FarskipVerify):
-        def __call__(self, snodes):
-            names = [_torch.is_wait(n) for n in snodes]
-            wait = names.index(True)
-            moved = list(snodes)
-            moved.append(moved.pop(wait)) if position == "wait last" else moved.insert(
-                [_torch.is_launch(n) for n in snodes].index(True), moved.pop(len(names) - 1 - names[::-1].index(True) - 0))
-            with self._errors_told():
-                fence.verify(moved)
-            return moved
-    return Sabotage
-
-
 def test_verify_raises_when_a_reader_precedes_the_wait():
     errors = []
 
@@ -182,11 +168,10 @@ def test_verify_raises_when_a_reader_precedes_the_wait():
                 fence.verify(broken)
             return broken
 
-    with pytest.raises(Exception, match=r"would read buf\d+ before op\d+ has received it") as raised:
+    with pytest.raises(Exception, match=r"would read buf\d+ before op\d+ has received it"):
         compiled(block, [torch.randn(D, D) for _ in range(5)],
                  settings={"_post_fusion_custom_pass": WaitLast("{}", None, errors.append)})
     assert isinstance(errors[0], fence.ScheduleBroken)
-    assert isinstance(getattr(raised.value, "inner_exception", raised.value), (fence.ScheduleBroken, Exception))
 
 
 def test_verify_sees_what_happens_after_its_own_pass():
@@ -333,55 +318,58 @@ def test_cache_hits_for_the_same_configuration_only(tmp_path):
     assert fresh_process("1e6", "ours") == "ran 0 hit 1 miss 0 bypass 0"
     assert fresh_process("2e6", "ours") == "ran 1 hit 0 miss 1 bypass 0"
     assert fresh_process("1e6", "stock") == "ran 0 hit 0 miss 1 bypass 0"
-    assert fresh_process("1e6", "ours") == "ran 0 hit 1 miss 0 bypass 0"
 
 
 # --- two real ranks ----------------------------------------------------------------------------------------------
 def overlap_block(x, r, w2):
     """What raced in torch 2.13: r + y may be computed in a loop that starts before the wait."""
-    y = torch.ops._c10d_functional_autograd.all_to_all_single(x, [x.shape[0] // 2] * 2, [x.shape[0] // 2] * 2, "0")
+    y = exchange(x)
     a = norm(r + 1) @ w2
     return a.relu() @ w2, r + y, norm(r + y) @ w2
 
 
-def rank_errors(rank, *, settings, train, delayed):
-    """Largest difference to eager over several rounds, one rank late each time."""
+def rank_errors(rank):
+    """Case -> largest relative difference to eager over several rounds; in half of the cases rank 1 is late each time."""
     import time
 
     inductor_config.force_disable_caches = True
-    torch.manual_seed(rank)
-    arguments = [torch.randn(256, D, requires_grad=train), torch.randn(256, D, requires_grad=train),
-                 torch.randn(D, D, requires_grad=train)]
-    errors = []
+    found = {}
+    for train in (False, True):
+        torch.manual_seed(rank)
+        shapes = [(256, D), (256, D), (D, D)]
+        arguments = [torch.randn(shape, requires_grad=train) for shape in shapes]
+        schedules, errors = [], []
 
-    def backend(gm, inputs):
-        patches = overlap_patches(RATES, on_error=errors.append) if settings is None else settings
-        return compile_fx(gm, inputs, config_patches=patches)
+        def backend(gm, inputs):
+            return compile_fx(gm, inputs, config_patches=overlap_patches(RATES, on_schedule=schedules.append,
+                                                                         on_error=errors.append))
 
-    fast = torch.compile(overlap_block, backend=backend)
+        def results(fn):
+            with torch.set_grad_enabled(train):
+                out = fn(*arguments)
+                if not train:
+                    return [o.clone() for o in out]
+                gradients = torch.autograd.grad(sum(o.square().sum() for o in out), arguments)
+                return [o.detach().clone() for o in (*out, *gradients)]
 
-    def results(fn):
-        with torch.set_grad_enabled(train):
-            out = fn(*arguments)
-            if not train:
-                return [o.clone() for o in out]
-            gradients = torch.autograd.grad(sum(o.square().sum() for o in out), arguments)
-            return [o.detach().clone() for o in (*out, *gradients)]
-
-    reference = results(overlap_block)
-    results(fast)
-    worst = 0.0
-    for _ in range(ROUNDS):
-        dist.barrier()
-        if rank == delayed:
-            time.sleep(0.15)
-        worst = max(worst, *(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results(fast), reference)))
-    assert not errors
-    return worst
+        torch._dynamo.reset()
+        fast = torch.compile(overlap_block, backend=backend)
+        reference = results(overlap_block)
+        results(fast)
+        assert not errors and len(schedules) == 1 + train
+        for late in (False, True):
+            worst = 0.0
+            for _ in range(ROUNDS):
+                dist.barrier()
+                if late and rank == 1:
+                    time.sleep(0.15)
+                worst = max(worst, *(float((a - b).abs().max() / b.abs().max())
+                                     for a, b in zip(results(fast), reference)))
+            found[f"train={train} late={late}"] = worst
+    return found
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["forward", "forward_backward"])
-@pytest.mark.parametrize("delayed", [None, 1], ids=["in_step", "one_rank_late"])
-def test_two_ranks_get_the_right_numbers(train, delayed):
-    worst = run_ranks(rank_errors, settings=None, train=train, delayed=delayed)
-    assert max(worst) < 1e-5
+def test_two_ranks_get_the_right_numbers():
+    """Forward and backward, in step and with one rank late: what is in flight must not be read."""
+    for found in run_ranks(rank_errors):
+        assert len(found) == 4 and max(found.values()) < 1e-5, found
