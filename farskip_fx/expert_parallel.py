@@ -44,12 +44,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo import override_optimization_hint, patch_dynamo_config
-from torch._guards import TracingContext
 from torch.distributed.device_mesh import DeviceMesh
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from .passes._torch import allow_scalar_outputs, optimization_hint, override_optimization_hint, patch_dynamo_config
 
 __all__ = [
     "EXCHANGES",
@@ -209,7 +208,7 @@ def _splits(counts: Tensor, received_counts: Tensor, size: int, rows: int) -> tu
     on_host = torch.stack([counts.view(size, -1).sum(1), received_counts.view(size, -1).sum(1)]).cpu()
     if not torch.compiler.is_compiling():
         return tuple(on_host.tolist())
-    _allow_scalar_outputs_in_this_graph()
+    allow_scalar_outputs()
     with patch_dynamo_config(capture_scalar_outputs=True):  # for the tracing of this line only
         send, receive = on_host.tolist()
     balanced = optimization_hint(rows, 0) // size
@@ -217,21 +216,6 @@ def _splits(counts: Tensor, received_counts: Tensor, size: int, rows: int) -> tu
         torch._check(split >= 0)
         override_optimization_hint(split, balanced)  # or the compiler's estimates assume absurd sizes
     return send, receive
-
-
-@torch.compiler.assume_constant_result
-def _allow_scalar_outputs_in_this_graph() -> bool:
-    """Lets the graph being traced read split sizes, whatever `fullgraph` and the global config say.
-
-    `patch_dynamo_config` alone is not enough: Dynamo copies `capture_scalar_outputs` into the graph's ShapeEnv before it
-    traces a line (torch 2.13, `_dynamo/output_graph.py`), so without `fullgraph=True` each `.tolist()` would break the
-    graph. Dynamo runs this function while tracing; it touches that one ShapeEnv and nothing global.
-    """
-    context = TracingContext.try_get()
-    if context is not None and context.fake_mode is not None and context.fake_mode.shape_env is not None:
-        shape_env = context.fake_mode.shape_env
-        shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)
-    return True
 
 
 def _local_expert_ids(received_counts: Tensor, num_local_experts: int, size: int, num_rows: int) -> Tensor:
@@ -580,7 +564,7 @@ def _exchanged_forward(
 class FarskipExpertParallel(EPImplementation):
     """Our exchange behind transformers' own configuration, which shards while it reads the checkpoint:
 
-        config = DistributedConfig(tp_size=2, tp_plan={}, ep_size=2, ep_implementation="farskip")
+        config = DistributedConfig(tp_size=2, ep_size=2, ep_implementation="farskip")
         AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
 
     Like transformers' `AllToAllEP`, whose semantics it keeps; that one breaks the Dynamo graph in every layer. The ranks

@@ -5,6 +5,8 @@ in this file and nowhere else. (Appended to by several modules; keep the section
 """
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 # --- Dynamo graphs: passes/dataflow.py, farskip_fx/frame.py ------------------------------------------------------
@@ -132,7 +134,7 @@ def scheduler_of(snodes):
 
 
 def is_extern(snode) -> bool:
-    """One kernel that Inductor does not generate loops for, and that computes something: mm, attention, a collective."""
+    """A kernel that Inductor does not generate loops for, and that computes something: mm, attention, a collective."""
     from torch._inductor import ir
     node = snode.node
     return isinstance(node, ir.ExternKernel) and not isinstance(node, (ir.MultiOutput, ir.NopKernel))
@@ -154,7 +156,7 @@ def is_wait(snode) -> bool:
 
 
 def order_after(snode, earlier) -> bool:
-    """Make ``snode`` run after ``earlier``: a dependency that carries no data. False if there is nothing to hang it on."""
+    """Make ``snode`` run after ``earlier``, by a dependency without data. False if there is nothing to hang it on."""
     from torch._inductor.dependencies import WeakDep
     mine, theirs = _a_buffer(snode), _a_buffer(earlier)
     if mine is None or theirs is None:
@@ -164,8 +166,8 @@ def order_after(snode, earlier) -> bool:
 
 
 def depend_on_buffer(snode, buffer: str) -> None:
-    """A dependency that a loop has anyway, once more without data. It names ``buffer`` as its own mutation: Inductor drops
-    what looks redundant (``_prune_redundant_deps``) only if the node itself writes what is mutated."""
+    """A dependency that a loop has anyway, once more without data. It names ``buffer`` as what it mutates: Inductor
+    drops what looks redundant (``_prune_redundant_deps``) only if the node itself writes what is mutated."""
     from torch._inductor.dependencies import WeakDep
     snode.add_fake_dep(WeakDep(buffer, mutating_buf=buffer, is_fake=True))
 
@@ -290,3 +292,25 @@ def fake_ranks(size: int) -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+
+
+# --- tracing with split sizes: farskip_fx/expert_parallel.py -----------------------------------------------------
+# 2.12: config for a few traced lines; a size for the estimators of whoever meets an unbacked symbol.
+from torch._dynamo import override_optimization_hint, patch_dynamo_config  # noqa: E402, F401
+from torch._guards import TracingContext  # noqa: E402  2.0
+from torch.fx.experimental.symbolic_shapes import optimization_hint  # noqa: E402, F401  2.12
+
+
+@torch.compiler.assume_constant_result
+def allow_scalar_outputs() -> bool:
+    """Let the graph being traced read split sizes, whatever ``fullgraph`` and the global config say.
+
+    ``patch_dynamo_config`` alone is not enough: Dynamo copies ``capture_scalar_outputs`` into the graph's ShapeEnv before
+    it traces a line (2.13, ``_dynamo/output_graph.py``), so without ``fullgraph=True`` each ``.tolist()`` would break the
+    graph. Dynamo runs this function while tracing; it touches that one ShapeEnv and nothing global.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None and context.fake_mode.shape_env is not None:
+        shape_env = context.fake_mode.shape_env
+        shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)
+    return True
