@@ -1,9 +1,9 @@
 """The config shell around ``passes/schedule.py`` and ``passes/fence.py``: what Inductor is told for one compile.
 
-``inductor_patches`` goes to ``compile_fx(config_patches=...)``, which also covers the lazily compiled backward; nothing is
-set globally. The passes run when Inductor compiles a graph, and not when it finds one in its cache: their ``uuid`` covers
-their source, the rates and ``uuid_extra``, so that two configurations never get each other's code. No pass communicates:
-another rank may hit its cache.
+``inductor_patches`` goes to ``compile_fx(config_patches=...)``, which also covers the lazily compiled backward; nothing
+is set globally. The passes run when Inductor compiles a graph, and not when it finds one in its cache: their ``uuid``
+covers their source, the rates and ``uuid_extra``, so that two configurations never get each other's code. No pass
+communicates: another rank may hit its cache.
 """
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _SOURCES = ("_torch.py", "costs.py", "dataflow.py", "fence.py", "schedule.py", "
 def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]:
     """Inductor's settings for one compile with ``config``. What the passes find goes into ``report``.
 
-    A pass raises where it fails. AOTAutograd swallows that while it compiles a backward during the forward, so the error
-    is also kept in ``report.errors``, for the backend to raise under ``strict``.
+    A pass raises where it fails. AOTAutograd swallows that while it compiles a backward during the forward, so the
+    error is also kept in ``report.errors``, for the backend to raise under ``strict``.
     """
     if not config.overlap:
         return {}
@@ -66,8 +66,8 @@ def overlap_patches(rates: Rates, *, max_memory: int | None = None, uuid_extra: 
 
 # --- our passes --------------------------------------------------------------------------------------------------
 class _Pass:
-    """Common to the three passes. Inductor hashes some settings by pickling them, so what is pickled is ``spec`` alone: the
-    callbacks do not change the code."""
+    """Common to the three passes. Inductor hashes some settings by pickling them, so what is pickled is ``spec`` alone:
+    the callbacks do not change the code."""
 
     def __init__(self, spec: str, on_result: Callable | None = None, on_error: Callable | None = None) -> None:
         self._spec, self._on_result, self._on_error = spec, on_result, on_error

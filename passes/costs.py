@@ -37,7 +37,8 @@ _NOT_LOOPS = _SORTS | {"histc", "bincount", "nonzero", "cumsum", "cumprod", "log
                        "searchsorted", "index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "put",
                        "_fft_r2c", "_fft_c2r", "_fft_c2c", "embedding_dense_backward"}
 _FREE = {"empty", "empty_strided", "empty_like", "new_empty", "full", "full_like", "zeros", "ones", "iota", "arange",
-         "scalar_tensor", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_assert_scalar", "_assert_async",
+         "scalar_tensor", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_assert_scalar",
+         "_assert_async",
          "_local_scalar_dense", "inductor_seeds", "inductor_lookup_seed", "detach", "lift_fresh_copy"}
 _VIEWS_BY_COPY = {"reshape", "view", "_unsafe_view", "contiguous"}     # a view wherever strides allow it
 _LIGHT_NAMESPACES = {"aten", "prims", "inductor", "quantized_decomposed"}

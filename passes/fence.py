@@ -18,7 +18,8 @@ Steps
            next to it, and the rest follows; what is an ancestor already gets nothing
   repair   Inductor up to 2.13 loses renames on the CPU (``SchedulerNode.recompute_size_and_body``) where a loop has no
            fake dependency: the loop then reads version buf1, and may run before the wait. Before fusion each reader is
-           given one, on the wait that it follows anyway, so that nothing is lost; after fusion what was lost is put back
+           given one, on the wait that it follows anyway, so that nothing is lost; what is lost all the same is put
+           back after fusion
   verify   after fusion, and again after the last reordering
 """
 from __future__ import annotations
@@ -57,7 +58,7 @@ def order(snodes: list) -> tuple[list, Fenced]:
 
 
 def repair(snodes: list) -> tuple[list, int]:
-    """After fusion: readers that lost the version they need get it back. Returns nodes in a valid order, and how many."""
+    """After fusion: readers that lost the version they need get it back. Returns nodes in a valid order; how many."""
     scheduler = inductor.scheduler_of(snodes)
     if scheduler is None or not inductor.RENAMES_MAY_BE_LOST:
         return snodes, 0

@@ -43,7 +43,7 @@ from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, lower_bound, run, sea
 
 COMPUTE_NAMESPACES = frozenset({
     "aten", "prims", "prim", "inductor", "transformers", "quantized", "quantized_decomposed", "mkldnn", "mkl", "onednn",
-    "mkldnn_prepacked", "torchvision", "torchao", "fbgemm", "_quantized", "rngprims", "debugprims", "farskip_fx",
+    "mkldnn_prepacked", "torchvision", "torchao", "_quantized", "rngprims", "debugprims", "farskip_fx",
     "flash_attn", "xformers", "mamba_ssm", "causal_conv1d", "liger",
 })
 """Namespaces of custom ops that do not communicate."""
@@ -184,8 +184,8 @@ class _Rules:
         return any(_holds_communication(m, self._is_opaque) for m in _subgraphs(node))
 
     def _memory(self, nodes: Sequence[Node]) -> None:
-        """Readers of a memory stay between its writers. A wait writes what the launch returned, and reads, as long as it
-        has not returned, what the launch was given."""
+        """Readers of a memory stay between its writers. A wait writes what the launch returned, and reads what the launch
+        was given: until it returns, that is still being sent."""
         writes = {n: _written(n) for n in nodes if n.op == "call_function"}
         reads = {n: [*n.all_input_nodes, *(n.args[0].all_input_nodes if is_wait(n) and _is_node(n.args[0]) else ())]
                  for n in nodes}
@@ -347,7 +347,7 @@ def launch_of(wait: Node) -> Node | None:
 def _merge(inner: Sequence[Node], rules: _Rules, seconds: dict[Node, float]) -> Callable[[Node], Node]:
     """Which item a node is in, named by one of its nodes.
 
-    Contracting a node into the only item that uses it, or an item into the only one that feeds it, cannot close a cycle.
+    Contracting a node into the only item that uses it, or an item into the only one that feeds it, closes no cycle.
     """
     inside = set(inner)
     users: dict[Node, list[Node]] = {n: [] for n in inner}
@@ -402,8 +402,8 @@ def _write_back(graph: Graph, nodes: Sequence[Node], order: Sequence[Node]) -> i
 
 
 class _Memory:
-    """Live bytes of intermediate results over an order. Loops that fuse away are counted as Inductor would keep them:
-    only what a kernel writes, or somebody outside the loop's region reads. Collectives hold their inputs until the wait."""
+    """Live bytes of intermediate results over an order. Of loops only what Inductor is likely to store counts: what a
+    kernel or several nodes read. Collectives hold their inputs until the wait."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
         self._holds: dict[Node, list[Node]] = {}

@@ -1,4 +1,4 @@
-"""One compute stream, one link a process group: simulate an order of items, search for a better one, bound what is possible.
+"""One compute stream, one link a process group: simulate an order of items, search for a better one, bound the best.
 
 Contract: numbers only, no graphs. Everything is deterministic: ties go to the smaller item. Time is close to linear in
 the number of items, but for ``lower_bound``, which is quadratic in the number of collectives (a matrix product).
@@ -9,7 +9,7 @@ Terms
   link            collectives of one group, first in, first out: each starts at max(link free, now)
   launches' order is fixed: each launch needs the one before it
   tail            longest path from an item to the end, over compute and links
-  mirror          the same problem from the end: edges turned round, a wait starts the collective, a launch needs it done
+  mirror          the same problem from the end: edges turned round; a wait starts the collective, a launch needs it
 
 Steps of the search
   1. List schedules: always run the ready item with the longest tail. A rule says how long to idle for a wait that is
@@ -273,9 +273,9 @@ def lower_bound(p: Problem) -> float:
     """No order with these launches can end earlier.
 
     The largest of: all compute and what links take from it; the longest path; over every collective c, the earliest end
-    of c plus the least time after it (after each collective b that c needs, everything that lies between the two runs on
-    one compute stream, so what a chain of exchanges leaves serial, and what its ends expose, counts); and all compute
-    plus what a chain of collectives exposes at least (``_hidden``).
+    of c plus the least time after it (after each collective b that c needs, all that lies between the two runs on one
+    compute stream: so what a chain of exchanges leaves serial, and what its ends expose, counts); and all compute plus
+    what a chain of collectives exposes at least (``_hidden``).
     """
     compute = sum(p.seconds)
     if not p.link_seconds:
@@ -341,8 +341,8 @@ def _heaviest_chain(p: Problem, between: np.ndarray, needed: np.ndarray) -> list
 def _hidden(p: Problem, chain: Sequence[int], between: np.ndarray) -> float:
     """At most so much compute runs while a collective of ``chain`` is in flight.
 
-    Flights of a chain do not overlap, and an item cannot run into two of them if something must run in between: items are
-    not divided. So each item counts for no more than the longest flight that it may run in. Which those are is an
+    Flights of a chain do not overlap, and an item cannot run into two of them if something must run in between: items
+    are not divided. So each item counts for no more than the longest flight that it may run in. Which those are is an
     interval of the chain; so taking, flight by flight, the items whose interval ends first is the best there is.
     """
     flights: list[list[int]] = []

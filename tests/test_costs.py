@@ -10,7 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from farskip_fx.passes import costs
 from farskip_fx.passes.costs import PRESETS, Rates
 
-RATES = Rates(matmul_flops=1e9, attention_flops=5e8, memory_bytes=1e9, link_bytes=1e6, link_latency=1e-3, kernel_overhead=0.0)
+RATES = Rates(matmul_flops=1e9, attention_flops=5e8, memory_bytes=1e9, link_bytes=1e6, link_latency=1e-3,
+              kernel_overhead=0.0)
 
 
 def nodes_of(fn, *args, mode="fake"):

@@ -329,7 +329,7 @@ def overlap_block(x, r, w2):
 
 
 def rank_errors(rank):
-    """Case -> largest relative difference to eager over several rounds; in half of the cases rank 1 is late each time."""
+    """Case -> largest relative difference to eager over several rounds; in half of the cases rank 1 is late."""
     import time
 
     inductor_config.force_disable_caches = True

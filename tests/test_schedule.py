@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from farskip_fx.passes import simulate
-from farskip_fx.passes.costs import Rates, is_launch, is_wait, op_name
+from farskip_fx.passes.costs import Rates, is_launch, op_name
 from farskip_fx.passes.schedule import schedule
 from farskip_fx.passes.simulate import COMPUTE, LAUNCH, WAIT, Problem
 
@@ -301,8 +301,8 @@ def test_in_place_collective():
 
 
 def test_memory_limit():
-    """Hiding L behind the sums keeps its input and output alive while one more result is made: with no room for that the
-    incoming order stays, and with room it does not.
+    """Hiding L behind the sums keeps its input and output alive while one more result is made: with no room for that
+    the incoming order stays, and with room it does not.
 
     before   L ---- W sum   mm sum mm sum        after   L mm sum mm sum W sum
     """
@@ -363,9 +363,8 @@ def test_time_is_close_to_linear_in_depth():
 @st.composite
 def programs(draw):
     """A random graph of loops, matrix products and collectives of two groups; every result is used or returned."""
-    steps = draw(st.lists(st.tuples(st.sampled_from(["mm", "add", "relu", "exchange", "reduce"]), st.integers(0, 1 << 16),
-                                    st.integers(0, 1 << 16)), min_size=2, max_size=24))
-    return steps
+    kinds, numbers = st.sampled_from(["mm", "add", "relu", "exchange", "reduce"]), st.integers(0, 1 << 16)
+    return draw(st.lists(st.tuples(kinds, numbers, numbers), min_size=2, max_size=24))
 
 
 def build(steps):
@@ -401,7 +400,8 @@ class InProcess(torch.fx.Interpreter):
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=programs(), matmul=st.floats(MM / 20, MM * 20), link=st.floats(LINK / 20, LINK * 20), share=st.sampled_from([0.0, 0.3]))
+@given(steps=programs(), matmul=st.floats(MM / 20, MM * 20), link=st.floats(LINK / 20, LINK * 20),
+       share=st.sampled_from([0.0, 0.3]))
 def test_any_program(steps, matmul, link, share):
     gm = build(steps)
     inputs = [torch.randn(N, N, dtype=torch.float64) / 8 for _ in range(2)]
