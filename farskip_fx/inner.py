@@ -22,4 +22,8 @@ def compile(gm: GraphModule, example_inputs: list, *, config: FarskipConfig, mod
         return aot_eager(gm, example_inputs)
     from .overlap import inductor_patches
     patches = {**mode_options(mode), **inductor_patches(config, report)}
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    # AOTAutograd swallows what fails while it compiles a backward during the forward, and tries again later.
+    if config.strict and report.errors:
+        raise report.errors[0]
+    return compiled

@@ -35,7 +35,9 @@ def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]
     error is also kept in ``report.errors``, for the backend to raise under ``strict``.
     """
     if not config.overlap:
-        return {}
+        # Without our schedule a received buffer can still be read before its wait (torch up to 2.13 on CPU).
+        check = FarskipVerify(json.dumps({"source": _source()}), on_error=report.errors.append)
+        return {"_post_fusion_custom_pass": after_users(_torch.inductor_setting("_post_fusion_custom_pass"), check)}
     return overlap_patches(config.rates or Rates(), on_schedule=report.schedules.append, on_error=report.errors.append)
 
 
