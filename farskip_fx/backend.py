@@ -26,6 +26,7 @@ from .passes.normalize import normalize
 from .passes.reasons import Reason
 from .passes.residual import NoStream, find_stream
 from .passes.rewire import rewire
+from .passes.split import split_attention
 from .report import Report, record
 
 
@@ -77,6 +78,11 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
         result = rewire(gm.graph, blocks, connectivity=CONNECTIVITIES[config.connectivity],
                         layers=config.indices(len(blocks.layers)))
     report.rewired = result
+    if config.overlap and config.inner != "eager":
+        with _timed(report, "split"):
+            calls = [node for layer, done in zip(blocks.layers, result.layers) if done.rewired and layer.mlp.exchange
+                     for node in stream.flow.members(layer.attention.update.branch)]
+            report.split = split_attention(gm.graph, calls, parts=config.attention_parts).calls
     if result.refused:
         text = "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in result.refused)
         _refuse(config, RefusedError, f"connectivity {config.connectivity!r} cannot be applied: {text}. Choose other "

@@ -28,6 +28,8 @@ class FarskipConfig:
         inner: what compiles the rewired graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         strict: a requested layer that cannot be rewired, or a model split over several graphs, is an error. False:
             such layers stay as they are, with one warning.
+        attention_parts: with ``overlap``, fused attention of a rewired layer runs in so many calls over groups of heads,
+            so that it can cover two exchanges; 1 leaves it whole. The numbers are the same.
         rates: figures of device and link for the schedule; must be equal on all ranks. None: generic ones.
 
     Raises:
@@ -39,6 +41,7 @@ class FarskipConfig:
     costs: str = "analytic"
     inner: str = "inductor"
     strict: bool = True
+    attention_parts: int = 2
     rates: Rates | None = None
     version: int = VERSION
 
@@ -49,6 +52,8 @@ class FarskipConfig:
         for name in ("overlap", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.attention_parts, int) or self.attention_parts < 1:
+            raise ConfigError(f"attention_parts must be 1 or more, got {self.attention_parts!r}")
         if self.version != VERSION:
             raise ConfigError(f"version {self.version!r} of the farskip configuration; this release of farskip_fx "
                               f"reads version {VERSION}: install the release that wrote it, or convert again")

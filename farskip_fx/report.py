@@ -29,6 +29,7 @@ class Report:
     rewired: Rewired | None = None
     unchanged: Reason | None = None
     functionalized: int = 0
+    split: int = 0                  # attention calls that run in parts
     nodes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     schedules: list[Schedule] = field(default_factory=list)

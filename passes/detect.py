@@ -59,6 +59,7 @@ class Block:
     partial: Reason | None = None   # why the routed part cannot be left out, where it cannot
     label: str = ""           # module path, for messages only
     evidence: str = ""
+    exchange: str = ""        # name of an exchange between ranks in this branch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def _classify(stream: Stream, update: Update) -> Block:
             return Block(kind="both", update=update, label=label)
         shared, partial = _split(flow, update, selected, before)
         return Block(kind="moe", update=update, routed=selected, shared=shared, partial=partial, label=label,
-                     evidence=f"{selections[-1].name} selects, {experts.name} computes"
+                     exchange=exchange.name if exchange is not None else "", evidence=f"{selections[-1].name} selects, {experts.name} computes"
                               + (f", {exchange.name} exchanges" if exchange is not None else ""))
     mixer = attention or next((n for n in nodes if _mixes_tokens(flow, n, before)), None)
     if mixer is not None:
