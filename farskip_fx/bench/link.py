@@ -123,6 +123,8 @@ def _make(kind: str, stack: ExitStack) -> Link:
         _call(enter + ["ip", "addr", "add", f"{ADDRESSES[rank]}/24", "dev", DEVICES[rank]])
         _call(enter + ["ip", "link", "set", DEVICES[rank], "up"])
         _call(enter + ["ip", "link", "set", "lo", "up"])
+        # TCP forgets what the link carries while a rank computes, and starts slowly again; a cluster's network does not.
+        _call(enter + ["sh", "-c", "echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle"])
     link.set_rate(PROBE_RATE)
     link.set_rate(None)
     return link
