@@ -25,7 +25,7 @@ bench: setup
 	$(BIN)/farskip bench $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 clean:
 	rm -rf build $(VENV) *.egg-info
