@@ -34,6 +34,8 @@ loss.backward()
 if rank == 0:
     report = next(r for r in reversed(fs.last_reports()) if r.layers)
     print(report)
+    if not report.schedules:
+        print("the schedules come from Inductor's cache: run with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 to see them made")
     for name, schedule in zip(("forward", "backward"), report.schedules):
         print(f"{name}: {len(schedule.collectives)} collectives, simulated {schedule.before_s * 1e3:.1f} ms as "
               f"traced, {schedule.after_s * 1e3:.1f} ms as scheduled")

@@ -47,8 +47,9 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
         SplitModelError: a graph break left only a part of the layers in this graph.
     """
     where = frame.compiling()
-    config = _settle(options, marker.consume(gm.graph), where.saved)
-    report = Report(graph=where.name, config=config, nodes=len(gm.graph.nodes))
+    marked = marker.consume(gm.graph)
+    config = _settle(options, marked, where.saved)
+    report = Report(graph=where.name, config=config, marked=marked is not None, nodes=len(gm.graph.nodes))
     record(report)
     if config.connectivity != "none":
         _rewire(gm, config, report, where)
@@ -95,9 +96,13 @@ def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, 
     config = report.config
     broken = where.resumed or getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
     found = set(_telling_operations(gm))
-    if not (part or found or where.owns_layers and not where.resumed):
+    if not (part or found or report.marked or where.owns_layers and not where.resumed):
         return
-    if broken or reason.code == "fragment":
+    if report.marked and not found:
+        _refuse(config, SplitModelError, f"graph {where.name!r} has the input of a converted model and none of its layers "
+                f"({reason}): they would run with their original connectivity. Remove what breaks the graph or keeps the "
+                "layers out of it (run with TORCH_LOGS=graph_breaks), or pass strict=False")
+    elif broken or reason.code == "fragment":
         _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). Decoder "
                 "layers would be missing from the rewiring. Remove the graph break (run with "
                 "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, turn gradient "

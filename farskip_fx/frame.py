@@ -20,8 +20,10 @@ class Frame:
 
     @property
     def saved(self) -> dict | None:
-        """``config.farskip`` of the compiled module: what the checkpoint was converted with."""
-        return getattr(getattr(self.module, "config", None), "farskip", None)
+        """``config.farskip`` of the compiled module or of one inside it: what the checkpoint was converted with."""
+        modules = self.module.modules() if self.module is not None else ()
+        return next((found for m in modules if (found := getattr(getattr(m, "config", None), "farskip", None)) is not None),
+                    None)
 
     @property
     def owns_layers(self) -> bool:

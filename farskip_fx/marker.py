@@ -1,6 +1,6 @@
 """The marker: an identity operator that only our backend understands.
 
-``apply`` and the decorator put it on the first tensor argument of the converted forward. Rewiring changes numerics, so
+``apply`` and the decorator put it on the tensor arguments of the converted forward. Rewiring changes numerics, so
 a path that quietly runs the original connectivity is a wrong model: eager execution of the marker raises, and so does
 any compiler other than ours, because it meets an operator that raises when it runs. Our backend removes it from the
 graph and takes the configuration out of it.
@@ -30,19 +30,18 @@ def _(x: torch.Tensor, config: str) -> torch.Tensor:
 
 
 def mark(args: tuple, kwargs: dict, config: str) -> tuple[tuple, dict]:
-    """Put the marker on the first tensor among the arguments of a forward.
+    """Put the marker on every tensor among the arguments of a forward: one that the forward ignores would be dead code.
 
     Raises:
         WrongConnectivityError: there is no tensor to mark, so nothing would stop an eager run.
     """
-    for position, value in enumerate(args):
-        if isinstance(value, torch.Tensor):
-            return (*args[:position], torch.ops.farskip.marker(value, config), *args[position + 1:]), kwargs
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor):
-            return args, {**kwargs, name: torch.ops.farskip.marker(value, config)}
-    raise WrongConnectivityError("the converted forward was called without a tensor argument; pass input_ids or "
-                                 "inputs_embeds")
+    def marked(value):
+        return torch.ops.farskip.marker(value, config) if isinstance(value, torch.Tensor) else value
+
+    if not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        raise WrongConnectivityError("the converted forward was called without a tensor argument; pass input_ids or "
+                                     "inputs_embeds")
+    return tuple(marked(value) for value in args), {name: marked(value) for name, value in kwargs.items()}
 
 
 def consume(graph: Graph) -> FarskipConfig | None:

@@ -26,6 +26,7 @@ class Report:
     """
     graph: str
     config: FarskipConfig
+    marked: bool = False            # came with the marker of ``apply`` or of the decorator
     rewired: Rewired | None = None
     unchanged: Reason | None = None
     functionalized: int = 0

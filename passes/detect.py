@@ -46,7 +46,12 @@ _EXPERT_MAPS = _LINEAR_MAPS | {"_grouped_mm", "grouped_mm", "grouped_mm_fallback
                                "index_select"}
 _TOKEN_WISE = _VIEWS | _CASTS | _ELEMENTWISE | _LINEAR_MAPS | {"cat", "stack"}
 _ADDS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
-_ACCUMULATE = {"index_add", "index_add_", "scatter_add", "scatter_add_", "index_put", "index_put_", "addcmul", "lerp"}
+# Where tokens may enter the experts: as a factor, or by being picked with indices that the router chose.
+_TAKES_TOKENS = _LINEAR_MAPS | _EXPERT_MAPS | {"mul", "imul", "index_select", "gather", "take_along_dim", "embedding",
+                                               "topk", "sort", "argsort", "repeat_interleave"} | _EXCHANGES
+_TAKES_A_LIKENESS = {"type_as", "to", "expand_as", "view_as", "reshape_as"}    # of the second argument, not its value
+_MAKES_MEMORY = {"zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "ones_like", "full_like",
+                 "new_full", "full", "ones", "new_ones"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class Block:
     kind: str                 # "mixer", "mlp" or "moe"
     update: Update
     routed: int = 0           # bit set of nodes that depend on the selection; 0 where kind is not "moe"
+    routers: int = 0          # bit set of the linear maps whose outputs are ranked
     shared: bool = False      # whether the contribution has a part that is not routed
     partial: Reason | None = None   # why the routed part cannot be left out, where it cannot
     label: str = ""           # module path, for messages only
@@ -90,7 +96,14 @@ def is_busy(flow: Dataflow, node: Node) -> bool:
     name = op_name(node)
     if name in _ATTENTION or (name in _EXCHANGES and node.op == "call_function"):
         return True
+    if name in _PRODUCTS and sum(_is_activation(flow, a) for a in node.all_input_nodes) > 1:
+        return True
     return name in _SELECTORS and _scores(flow, node, None) is not None
+
+
+def _is_activation(flow: Dataflow, node: Node) -> bool:
+    """Computed from an embedding."""
+    return any(op_name(n) == "embedding" for n in flow.members(flow.ancestors(node)))
 
 
 def detect(stream: Stream) -> Blocks | NoBlocks:
@@ -102,6 +115,10 @@ def detect(stream: Stream) -> Blocks | NoBlocks:
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "parallel_block", f"{_where(block)} computes attention and routed experts in one branch (a parallel "
                 "block); there is no attention output that the experts could skip", node=block.update.add.name))
+        if block.kind == "unknown":
+            return NoBlocks(moe=moe + 1, reason=Reason(
+                "no_router", f"{_where(block)} has stacked or repeated expert weights, but no router that chooses among "
+                "them was found in this branch", node=block.update.add.name))
     layers = []
     for first, second in zip(blocks[::2], blocks[1::2]):
         if first.kind != "mixer" or second.kind == "mixer":
@@ -126,20 +143,24 @@ def _classify(stream: Stream, update: Update) -> Block:
     nodes = flow.members(branch)
     attention = next((n for n in nodes if op_name(n) in _ATTENTION), None)
     exchange = next((n for n in nodes if n.op == "call_function" and op_name(n) in _EXCHANGES), None)
-    selections = [n for n in nodes if op_name(n) in _SELECTORS and _scores(flow, n, before) is not None]
+    routers = {n: linear for n in nodes if op_name(n) in _SELECTORS and _chooses(n)
+               and (linear := _scores(flow, n, before)) is not None}
+    selections = [n for n, linear in routers.items() if _experts(flow, nodes, n, linear, update.branch)]
     selected = flow.descendants(flow.mask(selections), update.branch)
-    experts = _experts(flow, nodes, selected) if selections else None
+    experts = _experts(flow, nodes, selections[-1], routers[selections[-1]], update.branch) if selections else None
     label = _label(update)
     if experts is not None:
         if attention is not None:
             return Block(kind="both", update=update, label=label)
-        shared, partial = _split(flow, update, selected, before)
-        return Block(kind="moe", update=update, routed=selected, shared=shared, partial=partial, label=label,
+        shared, partial = _split(flow, update, selected, flow.mask(routers[n] for n in selections))
+        return Block(kind="moe", update=update, routed=selected, shared=shared, routers=flow.mask(routers[n] for n in selections), partial=partial, label=label,
                      exchange=exchange.name if exchange is not None else "", evidence=f"{selections[-1].name} selects, {experts.name} computes"
                               + (f", {exchange.name} exchanges" if exchange is not None else ""))
     mixer = attention or next((n for n in nodes if _mixes_tokens(flow, n, before)), None)
     if mixer is not None:
         return Block(kind="mixer", update=update, label=label, evidence=f"{mixer.name} mixes tokens")
+    if _looks_like_experts(nodes):
+        return Block(kind="unknown", update=update, label=label)
     return Block(kind="mlp", update=update, label=label, evidence=f"{len(nodes)} token-wise operations")
 
 
@@ -188,35 +209,46 @@ def _is_weight(node: Node) -> bool:
         or "_buffers" in str(node.target) or "_parameters" in str(source)
 
 
-def _experts(flow: Dataflow, nodes: list[Node], selected: int) -> Node | None:
-    """The node that shows that the selection picks experts, not features (a top-k activation) or keys."""
-    maps = []
+def _chooses(selector: Node) -> bool:
+    """Whether the choice itself is used, and not only the chosen value (a maximum for a scale, say)."""
+    if op_name(selector) in ("argmax", "argsort"):
+        return True
+    return any(op_name(u) == "getitem" and u.args[1] == 1 and u.users for u in selector.users)
+
+
+def _experts(flow: Dataflow, nodes: list[Node], selector: Node, linear: Node, branch: int) -> Node | None:
+    """The node that shows that ``selector`` picks one of the experts, not features (a top-k activation) or keys: there
+    are as many experts as the router has outputs."""
+    chosen = flow.descendants(flow.bit(selector), branch)
+    count = value_of(linear).shape[-1]
+    same_shape: dict[tuple, list[Node]] = {}
     for node in nodes:
-        name, chosen = op_name(node), bool(selected >> flow.position[node] & 1)
-        if chosen and name in _EXCHANGES and node.op == "call_function":
+        name = op_name(node)
+        routed = bool(chosen >> flow.position[node] & 1)
+        if routed and name in _EXCHANGES and node.op == "call_function":
             return node
-        weights = [a for a in node.all_input_nodes if _is_weight(a)]
-        if weights and name in _EXPERT_MAPS and any(value_of(w).dim() >= 3 for w in weights):
-            return node                     # stacked expert weights
-        if weights and chosen and name in ("embedding", "getitem", "index_select", "gather"):
-            return node                     # weights picked by the selection
-        if weights and chosen and name in _LINEAR_MAPS:
-            maps.append(node)
-            if len(maps) > 2:               # two may be a top-k activation and its projection
-                return node
-        if name in ("mul", "imul") and chosen and _scales_tokens(flow, node, selected):
-            return node
-    return None
+        weights = [a for a in node.all_input_nodes if _is_weight(a)] if name in _EXPERT_MAPS | {"embedding"} else []
+        for weight in weights:
+            shape = tuple(value_of(weight).shape)
+            if len(shape) >= 3 and shape[0] == count:
+                return node                                 # stacked expert weights
+            if routed and name in ("embedding", "index_select"):
+                return node                                 # weights picked by the selection
+            if name in _LINEAR_MAPS and len(shape) == 2:
+                same_shape.setdefault(shape, []).append(node)
+    # One linear map an expert; a shared expert may have the same shape.
+    return next((maps[0] for maps in same_shape.values() if len(maps) >= count > 1), None)
 
 
-def _scales_tokens(flow: Dataflow, node: Node, selected: int) -> bool:
-    """One number per token, made by the selection, times a vector per token."""
-    widths = {}
-    for operand in node.all_input_nodes:
-        value = value_of(operand)
-        if isinstance(value, torch.Tensor) and value.dim() > 1:
-            widths[bool(selected >> flow.position[operand] & 1)] = value.shape[-1]
-    return widths.get(True) == 1 and widths.get(False, 1) != 1
+def _looks_like_experts(nodes: list[Node]) -> bool:
+    shapes: dict[tuple, int] = {}
+    for node in nodes:
+        for weight in (a for a in node.all_input_nodes if op_name(node) in _EXPERT_MAPS and _is_weight(a)):
+            shape = tuple(value_of(weight).shape)
+            if len(shape) >= 3:
+                return True
+            shapes[shape] = shapes.get(shape, 0) + 1
+    return max(shapes.values(), default=0) >= 4
 
 
 def _mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
@@ -229,9 +261,9 @@ def _mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
 
 # --- routed and shared parts ------------------------------------------------------------------------------------
 
-def _split(flow: Dataflow, update: Update, routed: int, before: Node) -> tuple[bool, Reason | None]:
+def _split(flow: Dataflow, update: Update, routed: int, routers: int) -> tuple[bool, Reason | None]:
     """(has a shared part, why the routed part cannot be left out)."""
-    terms = Terms(flow=flow, routed=routed, before=before)
+    terms = Terms(flow=flow, routed=routed, routers=routers)
     try:
         kept = terms.kept(update.contribution)
     except Inseparable as stop:
@@ -247,43 +279,61 @@ class Inseparable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The additive structure of one MoE contribution."""
+    """The additive structure of one MoE contribution.
+
+    Conservative: whatever is not known to be a sum, linear, or an expert's own business, and takes in a value of the
+    branch that is not routed, makes the parts inseparable.
+    """
     flow: Dataflow
     routed: int
-    before: Node
+    routers: int
 
     def is_routed(self, node: Node) -> bool:
         return bool(self.routed >> self.flow.position[node] & 1)
 
     def kept(self, node: Node):
-        """Recipe for ``node`` without its routed terms: a Node, ``("add", a, b, like)``, ``("apply", node, a)`` or
-        None where nothing is left.
+        """Recipe for ``node`` without its routed terms: a Node, ``("add", a, b, like)``, ``("apply", node, a, kept)``
+        or None where nothing is left.
 
         Raises:
             Inseparable: the routed part went through something that is not linear together with another part.
         """
         if not self.is_routed(node):
-            return node if self.flow.depends(node, self.before) else None
-        name, tensors = op_name(node), node.all_input_nodes
+            return None if self._is_zero(node) else self._readable(node)
         if self._is_sum(node):
             left, right = (self.kept(a) for a in node.args)
             if left is None or right is None:
                 return left if right is None else right
             return ("add", left, right, node)
-        if name in _ACCUMULATE and tensors and not self.is_routed(tensors[0]):
-            base = tensors[0]
-            if name.startswith("index_add") or name.startswith("scatter_add"):
-                return base if self.flow.depends(base, self.before) else None
+        if op_name(node) in ("index_add", "scatter_add") and node.args and not self.is_routed(node.args[0]):
+            return self.kept(node.args[0])
         carrier = self._linear_in(node)
         if carrier is not None:
             kept = self.kept(carrier)
-            return None if kept is None else ("apply", node, carrier, kept)
+            if kept is None:
+                return None
+            for other in node.all_input_nodes:
+                if other is not carrier:
+                    self._readable(other)
+            return ("apply", node, carrier, kept)
         mixed = self._mixed_below(node)
         if mixed is not None:
             raise Inseparable(Reason(
-                "post_norm_over_sum", f"{node.name} ({name}) is not linear and takes routed and shared parts together "
-                f"(they meet in {mixed.name}), so the stream without the routed part is not defined", node=node.name))
+                "post_norm_over_sum", f"{node.name} ({op_name(node)}) is not linear and takes routed and shared parts "
+                f"together (they meet in {mixed.name}), so the stream without the routed part is not defined",
+                node=node.name))
         return None
+
+    def _readable(self, node: Node) -> Node:
+        late = [w for w in self.flow.writes_to(node) if self.flow.position[w] > self.flow.position[node]]
+        if late:
+            raise Inseparable(Reason(
+                "overwritten", f"{late[0].name} writes into the memory of {node.name}, which the stream without the "
+                "routed part is made of", node=node.name))
+        return node
+
+    def _is_zero(self, node: Node) -> bool:
+        return op_name(node) in ("zeros", "zeros_like", "new_zeros") and not self.flow.writes_to(node)
 
     def _is_sum(self, node: Node) -> bool:
         plain = node.target in _ADDS if node.op == "call_function" else node.target == "add"
@@ -292,7 +342,7 @@ class Terms:
     def _linear_in(self, node: Node) -> Node | None:
         """The one routed operand that ``node`` is linear in, if it is."""
         name = op_name(node)
-        routed = [a for a in node.all_input_nodes if self.is_routed(a)]
+        routed = [a for a in node.args if isinstance(a, Node) and self.is_routed(a)]
         if len(routed) != 1 or not isinstance(value_of(node), torch.Tensor):
             return None
         if name in {"view", "reshape", "contiguous", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
@@ -316,7 +366,11 @@ class Terms:
         return bool(p) and bool(training)
 
     def _mixed_below(self, node: Node) -> Node | None:
-        """A place below ``node`` where a routed value and another value of the stream are added together."""
+        """A place at or below ``node`` where a routed value meets another value of the branch as an equal.
+
+        Tokens enter the experts through products and by being picked; anywhere else two values that meet may be terms
+        of a sum. Scores of the router may meet what was chosen.
+        """
         todo, seen = [node], set()
         while todo:
             current = todo.pop()
@@ -324,21 +378,33 @@ class Terms:
                 continue
             seen.add(current)
             inputs = current.all_input_nodes
-            if op_name(current) in {"add", "iadd", "sub", "isub", "where", "cat"} | _ACCUMULATE \
-                    or current.target is operator.setitem:
+            if op_name(current) in _TAKES_A_LIKENESS:
+                inputs = inputs[:1]
+            unseen = not any(map(self.is_routed, inputs)) and self.flow.ancestors(current) & self.routed
+            if unseen:      # routed by way of memory that was written in place
+                inputs = [*inputs, *(a for i in inputs for w in self.flow.writes_to(i)
+                                     if self.flow.position[w] < self.flow.position[current]
+                                     for a in w.all_input_nodes)]
+            if unseen or op_name(current) not in _TAKES_TOKENS:
                 for other in inputs:
-                    if not self.is_routed(other) and self._is_term(other, current):
+                    if not self.is_routed(other) and self._is_term(other):
                         return current
             todo += inputs
         return None
 
-    def _is_term(self, node: Node, into: Node) -> bool:
+    def _is_term(self, node: Node) -> bool:
         value = value_of(node)
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or _is_weight(node):
             return False
-        width = value_of(self.before).shape[-1]
-        return self.flow.depends(node, self.before) and value.dim() > 1 and \
-            isinstance(width, int) and value.shape[-1] == width
+        above = self.flow.ancestors(node) | self.flow.bit(node)
+        if above & self.routers or self._is_zero(node) or op_name(node) in _MAKES_MEMORY:
+            return False
+        return any(n.op == "placeholder" and not _is_weight(n) or op_name(n) == "embedding"
+                   for n in self._sources(node))
+
+    def _sources(self, node: Node):
+        return (n for n in self.flow.members(self.flow.ancestors(node))
+                if n.op == "placeholder" or op_name(n) == "embedding")
 
 
 def _static(tensor: torch.Tensor) -> bool:

@@ -35,8 +35,12 @@ def normalize(graph: Graph) -> Normalized:
     for node in nodes:
         for storage in storages_of(node):
             aliases.setdefault(storage, []).append(node)
-    count = 0
+    count, gradients = 0, True
     for node in nodes:
+        if node.target is torch._C._set_grad_enabled:
+            gradients = node.args[0]
+        if not gradients:       # in place, a value keeps its history under no_grad; a new value has none
+            continue
         plain = _PLAIN_OPERATOR.get(node.target) if node.op == "call_function" else None
         if node.op == "call_method":
             plain = _PLAIN_METHOD.get(node.target)

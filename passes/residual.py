@@ -27,8 +27,6 @@ from torch.fx import Graph, Node
 from .dataflow import Dataflow, op_name, value_of
 from .reasons import Reason
 
-_TRANSPARENT = {"view", "reshape", "contiguous", "_unsafe_view", "flatten", "alias"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
@@ -106,13 +104,6 @@ def _alike(a: Node, b: Node) -> bool:
     return all(p == q for p, q in zip(x.shape, y.shape) if isinstance(p, int) and isinstance(q, int))
 
 
-def _carrier(node: Node) -> Node:
-    """The value that ``node`` merely shows in another shape."""
-    while op_name(node) in _TRANSPARENT and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
 def _longest_chain(flow: Dataflow) -> list[tuple[Node, Node, Node]]:
     """(before, contribution, add) along the longest chain of updates; of equally long ones the last."""
     length: dict[Node, int] = {}
@@ -121,8 +112,7 @@ def _longest_chain(flow: Dataflow) -> list[tuple[Node, Node, Node]]:
     for node in flow.nodes:
         if not _is_plain_add(node) or not _alike(*node.args):
             continue
-        for skip, branch in (node.args, node.args[::-1]):
-            before = _carrier(skip)
+        for before, branch in (node.args, node.args[::-1]):
             previous = step.get(before)
             # A branch that reads the state before (a parallel block) still updates this stream.
             if flow.depends(branch, before) or (previous is not None and flow.depends(branch, previous[0])):

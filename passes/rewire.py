@@ -136,8 +136,8 @@ class _Builder:
     def redirect(self, position: int, block: Block, missing: tuple[Missing, ...]) -> int:
         if not missing:
             return 0
-        # Everything a read is made of lies before the branch's first own node, which reads the state itself.
-        anchor = min(block.update.reads, key=self.flow.position.__getitem__)
+        # Everything a read is made of lies before the state that it replaces; and gradients are on there if anywhere.
+        anchor = block.update.before.next
         parts = {2 * m.layer + (m.block == "mlp"): m.part for m in missing}
         value = self.read(position, parts, anchor)
         state = block.update.before
@@ -162,7 +162,7 @@ class _Builder:
         if part == "all":
             value = base
         elif part == "routed":
-            terms = Terms(flow=self.flow, routed=block.routed, before=update.before)
+            terms = Terms(flow=self.flow, routed=block.routed, routers=block.routers)
             kept = self._realize(terms.kept(update.contribution), anchor)
             value = base if kept is None else self._update(update, base, kept, anchor)
         else:

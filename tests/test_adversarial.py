@@ -2,7 +2,7 @@
 
 A program is a small decoder written as users write them, and its definition is evaluated eagerly over its own parts
 (``Decoder.define``). Nothing else is allowed to come out: a wrong number fails, and so does an error that is not ours.
-Known holes are strict xfails; the reason says what goes wrong. Whoever closes one takes its mark away.
+Cases in `hole` were silently wrong once; strict xfails still are, and the reason says what goes wrong.
 """
 import copy
 import types
@@ -153,7 +153,8 @@ def safe(model, ids=IDS, want=None, connectivity="farskip"):
 
 
 def hole(value, reason, **kwargs):
-    return pytest.param(value, marks=pytest.mark.xfail(strict=True, reason=reason, **kwargs), id=value.__name__)
+    """A case that was silently wrong once, and why; it is exact or refused now."""
+    return pytest.param(value, id=value.__name__)
 
 
 def each(*values):
@@ -676,16 +677,13 @@ class AlphaDense(AddKeywords):
         return torch.add(x, self.mlp(norm(x)), alpha=1)
 
 
-GAP = pytest.mark.xfail(strict=True, reason="attention from products is not busy: layers beyond a gap are not missed")
-
-
 @pytest.mark.parametrize("model", [
     pytest.param(lambda: Decoder(dense_products, moe_products, moe_products), id="no gap"),
     pytest.param(lambda: Times(Layer, Layer, Layer), id="fused attention"),
     pytest.param(lambda: Times(moe_products, moe_products, moe_products), id="moe in front"),
-    pytest.param(lambda: Times(dense_products, moe_products, moe_products), id="dense in front", marks=GAP),
-    pytest.param(lambda: TimesLater(moe_products, moe_products, dense_products), id="dense behind", marks=GAP),
-    pytest.param(lambda: Decoder(AlphaDense, moe_products, moe_products), id="alpha in front", marks=GAP),
+    pytest.param(lambda: Times(dense_products, moe_products, moe_products), id="dense in front"),
+    pytest.param(lambda: TimesLater(moe_products, moe_products, dense_products), id="dense behind"),
+    pytest.param(lambda: Decoder(AlphaDense, moe_products, moe_products), id="alpha in front"),
 ])
 def test_gap_in_the_chain(model):
     safe(model())
@@ -709,7 +707,6 @@ def test_two_passes_in_one_graph(layer):
     safe(Twice(model, model))
 
 
-@pytest.mark.xfail(strict=True, reason="a dense tower with attention from products is not missed")
 def test_two_towers_with_ladder():
     safe(Twice(Decoder(*[dense_products] * 2), Decoder(*[moe_products] * 3)), connectivity="ladder")
 
@@ -832,22 +829,16 @@ def applied(model, ids=IDS, **outer):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5, msg="apply ran the original connectivity")
 
 
-LOST = "a graph with the marker and without the stream is let pass: what runs after it runs as it is"
-
-
 @pytest.mark.parametrize("model", [
     pytest.param(lambda: Decoder(*[Layer] * 3), id="plain"),
     pytest.param(lambda: BreaksBefore(*[Layer] * 3), id="break in front"),
-    pytest.param(lambda: Decoder(*[Disabled] * 3), id="dynamo.disable on layers",
-                 marks=pytest.mark.xfail(strict=True, reason=LOST)),
-    pytest.param(lambda: InSequence(*[lambda: Layer(Switch)] * 3), id="layers in nn.Sequential, top-1",
-                 marks=pytest.mark.xfail(strict=True, reason=LOST + "; apply takes the experts for the layers")),
+    pytest.param(lambda: Decoder(*[Disabled] * 3), id="dynamo.disable on layers"),
+    pytest.param(lambda: InSequence(*[lambda: Layer(Switch)] * 3), id="layers in nn.Sequential, top-1"),
 ])
 def test_apply(model):
     applied(model())
 
 
-@pytest.mark.xfail(strict=True, reason=LOST + " (mark() itself is compiled as a frame, and swallows the marker)")
 def test_apply_with_suppressed_errors():
     with torch._dynamo.config.patch(suppress_errors=True):
         applied(Decoder(*[lambda: Layer(Dropped)] * 3))
@@ -859,7 +850,7 @@ class UnusedFirst(Decoder):
 
 
 @pytest.mark.parametrize("backend", [
-    "eager", pytest.param("aot_eager", marks=pytest.mark.xfail(strict=True, reason="an unused marker is dead code"))])
+    "eager", "aot_eager"])
 def test_apply_under_another_backend_with_an_unused_argument(backend):
     model = UnusedFirst(*[Layer] * 3)
     fs.apply(model, inner="eager")
@@ -880,8 +871,7 @@ class Around(nn.Module):
 @pytest.mark.parametrize("wrap", [
     pytest.param(lambda model: model, id="model"),
     pytest.param(lambda model: model.forward, id="method"),
-    pytest.param(Around, id="wrapper", marks=pytest.mark.xfail(
-        strict=True, reason="only the compiled module's own config is looked at, not those of its children")),
+    pytest.param(Around, id="wrapper"),
     pytest.param(lambda model: lambda ids: model(ids), id="closure"),
     pytest.param(lambda model: lambda ids, models=[model]: models[0](ids), id="function", marks=pytest.mark.xfail(
         strict=True, reason="a function that finds the model in a list or a global has no module in its local scope")),

@@ -1,4 +1,5 @@
 """Each example runs as written."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(*command):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+def run(*command, **environment):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -19,7 +20,7 @@ def test_quickstart():
     assert "original ones again: True" in out
 
 
-def test_two_ranks():
+def test_two_ranks(tmp_path):
     out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-              str(EXAMPLES / "two_ranks.py"))
+              str(EXAMPLES / "two_ranks.py"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert "2 of 2 layers rewired" in out and "backward:" in out and "loss" in out
