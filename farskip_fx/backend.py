@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
-import torch
 from torch.fx import GraphModule
 
 from . import frame, inner, marker
@@ -64,7 +63,7 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
         stream = find_stream(gm.graph, busy=is_busy)
     if isinstance(stream, NoStream):
         return _leave(report, where, gm, stream.reason, part=stream.length > 0)
-    fragment = _fragment(gm, stream, where)
+    fragment = _fragment(stream, where)
     if fragment is not None:
         return _leave(report, where, gm, fragment, part=True)
     with _timed(report, "detect"):
@@ -142,7 +141,7 @@ def agree(options: dict, saved: dict | None, what: str) -> None:
                               "option out, or undo the conversion with farskip_fx.remove(model) first")
 
 
-def _fragment(gm: GraphModule, stream, where: frame.Frame) -> Reason | None:
+def _fragment(stream, where: frame.Frame) -> Reason | None:
     """A stream that enters the graph as an argument after a graph break begins in the middle of the model."""
     above = stream.flow.members(stream.flow.ancestors(stream.states[0])) or [stream.states[0]]
     if where.resumed and not any(op_name(n) == "embedding" for n in above):
@@ -167,5 +166,3 @@ def _timed(report: Report, name: str):
     start = time.perf_counter()
     yield
     report.seconds[name] = time.perf_counter() - start
-
-

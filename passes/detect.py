@@ -17,7 +17,6 @@ Steps
 """
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
 from .reasons import Reason
-from .residual import Stream, Update
+from .residual import Stream, Update, is_plain_add
 
 _SELECTORS = {"topk", "argmax", "max", "sort", "argsort", "kthvalue"}
 _EXCHANGES = {"all_to_all_single", "all_to_all", "all_gather_into_tensor", "all_gather_tensor",
@@ -45,7 +44,6 @@ _ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "log", "sqr
 _EXPERT_MAPS = _LINEAR_MAPS | {"_grouped_mm", "grouped_mm", "grouped_mm_fallback", "scaled_grouped_mm", "getitem",
                                "index_select"}
 _TOKEN_WISE = _VIEWS | _CASTS | _ELEMENTWISE | _LINEAR_MAPS | {"cat", "stack"}
-_ADDS = {operator.add, torch.add, torch.ops.aten.add.Tensor}
 # Where tokens may enter the experts: as a factor, or by being picked with indices that the router chose.
 _TAKES_TOKENS = _LINEAR_MAPS | _EXPERT_MAPS | {"mul", "imul", "index_select", "gather", "take_along_dim", "embedding",
                                                "topk", "sort", "argsort", "repeat_interleave"} | _EXCHANGES
@@ -145,17 +143,20 @@ def _classify(stream: Stream, update: Update) -> Block:
     exchange = next((n for n in nodes if n.op == "call_function" and op_name(n) in _EXCHANGES), None)
     routers = {n: linear for n in nodes if op_name(n) in _SELECTORS and _chooses(n)
                and (linear := _scores(flow, n, before)) is not None}
-    selections = [n for n, linear in routers.items() if _experts(flow, nodes, n, linear, update.branch)]
-    selected = flow.descendants(flow.mask(selections), update.branch)
-    experts = _experts(flow, nodes, selections[-1], routers[selections[-1]], update.branch) if selections else None
+    experts = {n: found for n, linear in routers.items()
+               if (found := _experts(flow, nodes, n, linear, update.branch)) is not None}
     label = _label(update)
-    if experts is not None:
+    if experts:
         if attention is not None:
             return Block(kind="both", update=update, label=label)
-        shared, partial = _split(flow, update, selected, flow.mask(routers[n] for n in selections))
-        return Block(kind="moe", update=update, routed=selected, shared=shared, routers=flow.mask(routers[n] for n in selections), partial=partial, label=label,
-                     exchange=exchange.name if exchange is not None else "", evidence=f"{selections[-1].name} selects, {experts.name} computes"
-                              + (f", {exchange.name} exchanges" if exchange is not None else ""))
+        selected = flow.descendants(flow.mask(experts), update.branch)
+        ranked = flow.mask(routers[n] for n in experts)
+        shared, partial = _split(flow, update, selected, ranked)
+        selection, found = list(experts.items())[-1]
+        evidence = f"{selection.name} selects, {found.name} computes"
+        return Block(kind="moe", update=update, routed=selected, routers=ranked, shared=shared, partial=partial,
+                     label=label, exchange=exchange.name if exchange is not None else "",
+                     evidence=evidence + (f", {exchange.name} exchanges" if exchange is not None else ""))
     mixer = attention or next((n for n in nodes if _mixes_tokens(flow, n, before)), None)
     if mixer is not None:
         return Block(kind="mixer", update=update, label=label, evidence=f"{mixer.name} mixes tokens")
@@ -300,7 +301,7 @@ class Terms:
         """
         if not self.is_routed(node):
             return None if self._is_zero(node) else self._readable(node)
-        if self._is_sum(node):
+        if is_plain_add(node):
             left, right = (self.kept(a) for a in node.args)
             if left is None or right is None:
                 return left if right is None else right
@@ -334,10 +335,6 @@ class Terms:
 
     def _is_zero(self, node: Node) -> bool:
         return op_name(node) in ("zeros", "zeros_like", "new_zeros") and not self.flow.writes_to(node)
-
-    def _is_sum(self, node: Node) -> bool:
-        plain = node.target in _ADDS if node.op == "call_function" else node.target == "add"
-        return plain and not node.kwargs and len(node.args) == 2 and all(isinstance(a, Node) for a in node.args)
 
     def _linear_in(self, node: Node) -> Node | None:
         """The one routed operand that ``node`` is linear in, if it is."""
@@ -400,11 +397,7 @@ class Terms:
         if above & self.routers or self._is_zero(node) or op_name(node) in _MAKES_MEMORY:
             return False
         return any(n.op == "placeholder" and not _is_weight(n) or op_name(n) == "embedding"
-                   for n in self._sources(node))
-
-    def _sources(self, node: Node):
-        return (n for n in self.flow.members(self.flow.ancestors(node))
-                if n.op == "placeholder" or op_name(n) == "embedding")
+                   for n in self.flow.members(self.flow.ancestors(node)))
 
 
 def _static(tensor: torch.Tensor) -> bool:

@@ -86,7 +86,8 @@ def find_stream(graph: Graph, *, busy: Callable[[Dataflow, Node], bool]) -> Stre
     return Stream(updates=tuple(updates), flow=flow, outside=outside)
 
 
-def _is_plain_add(node: Node) -> bool:
+def is_plain_add(node: Node) -> bool:
+    """An addition of two nodes, without ``alpha`` or ``out``."""
     if node.op == "call_function":
         known = node.target in (operator.add, torch.add, torch.ops.aten.add.Tensor)
     else:
@@ -110,7 +111,7 @@ def _longest_chain(flow: Dataflow) -> list[tuple[Node, Node, Node]]:
     step: dict[Node, tuple[Node, Node, Node]] = {}
     best = None
     for node in flow.nodes:
-        if not _is_plain_add(node) or not _alike(*node.args):
+        if not is_plain_add(node) or not _alike(*node.args):
             continue
         for before, branch in (node.args, node.args[::-1]):
             previous = step.get(before)

@@ -14,7 +14,6 @@ from ranks import run_ranks
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from farskip_fx.overlap import FarskipSchedule, FarskipVerify, after_users, overlap_patches
 from farskip_fx.passes import _torch, fence
@@ -26,14 +25,7 @@ RATES = Rates()
 ROUNDS = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fake_group():
-    if dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("fake_group")
 
 
 def exchange(x):

@@ -5,11 +5,9 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from farskip_fx.passes import simulate
 from farskip_fx.passes.costs import Rates, is_launch, op_name
@@ -25,14 +23,7 @@ RATES = Rates(matmul_flops=MM, attention_flops=MM, memory_bytes=1e12, link_bytes
               kernel_overhead=0.0, link_compute_share=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fake_group():
-    if dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("fake_group")
 
 
 def launch(x, group="0"):
