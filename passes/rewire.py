@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow
-from .detect import Block, Blocks, Inseparable, Layer, Terms
+from .detect import Block, Blocks, Layer
 from .reasons import Reason
+from .terms import Terms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,27 @@
+"""Families of operations, by the bare name of what a node calls (see ``dataflow.op_name``)."""
+from __future__ import annotations
+
+SELECTORS = {"topk", "argmax", "max", "sort", "argsort", "kthvalue"}
+EXCHANGES = {"all_to_all_single", "all_to_all", "all_gather_into_tensor", "all_gather_tensor",
+              "reduce_scatter_tensor", "all_reduce", "all_to_all_single_autograd"}
+ATTENTION = {"scaled_dot_product_attention", "flex_attention", "conv1d", "causal_conv1d", "scan", "associative_scan"}
+PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "mm"}
+LINEAR_MAPS = {"linear", "matmul", "mm", "addmm", "bmm", "einsum", "__matmul__", "baddbmm", "addbmm"}
+VIEWS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
+          "alias", "expand", "expand_as", "transpose", "permute", "chunk", "split", "getitem", "detach"}
+CASTS = {"to", "type", "float", "type_as", "half", "bfloat16", "double", "_to_copy"}
+ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "log", "sqrt", "rsqrt", "pow", "softmax",
+                "log_softmax", "sigmoid", "relu", "relu_", "tanh", "silu", "gelu", "softplus", "logsigmoid", "where",
+                "masked_fill", "clamp", "clip", "dropout", "iadd", "imul", "isub", "itruediv", "square", "abs",
+                "sum", "mean", "rms_norm", "layer_norm", "clamp_min", "clamp_max", "minimum", "maximum", "mish",
+                "hardtanh", "elu", "leaky_relu", "reciprocal", "float_power", "var", "norm", "rsub", "eq", "ge", "gt",
+                "le", "lt", "relu6", "normalize", "amax", "sinh", "cosh", "asinh", "arcsinh"}
+EXPERT_MAPS = LINEAR_MAPS | {"_grouped_mm", "grouped_mm", "grouped_mm_fallback", "scaled_grouped_mm", "getitem",
+                               "index_select"}
+TOKEN_WISE = VIEWS | CASTS | ELEMENTWISE | LINEAR_MAPS | {"cat", "stack"}
+# Where tokens may enter the experts: as a factor, or by being picked with indices that the router chose.
+TAKES_TOKENS = LINEAR_MAPS | EXPERT_MAPS | {"mul", "imul", "index_select", "gather", "take_along_dim", "embedding",
+                                               "topk", "sort", "argsort", "repeat_interleave"} | EXCHANGES
+TAKES_A_LIKENESS = {"type_as", "to", "expand_as", "view_as", "reshape_as"}    # of the second argument, not its value
+MAKES_MEMORY = {"zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "ones_like", "full_like",
+                 "new_full", "full", "ones", "new_ones"}

@@ -1,0 +1,149 @@
+"""The additive structure of an MoE contribution: routed and shared parts.
+
+Contract: nothing is changed; ``Terms.kept`` gives a recipe for a contribution without its routed terms, or raises
+``Inseparable`` with the reason.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from .dataflow import Dataflow, op_name, value_of
+from .operations import CASTS, EXCHANGES, MAKES_MEMORY, TAKES_A_LIKENESS, TAKES_TOKENS
+from .reasons import Reason
+from .residual import is_plain_add
+from .routing import is_weight
+
+
+class Inseparable(Exception):
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The additive structure of one MoE contribution.
+
+    Conservative: whatever is not known to be a sum, linear, or an expert's own business, and takes in a value of the
+    branch that is not routed, makes the parts inseparable.
+    """
+    flow: Dataflow
+    routed: int
+    routers: int
+
+    def is_routed(self, node: Node) -> bool:
+        return bool(self.routed >> self.flow.position[node] & 1)
+
+    def kept(self, node: Node):
+        """Recipe for ``node`` without its routed terms: a Node, ``("add", a, b, like)``, ``("apply", node, a, kept)``
+        or None where nothing is left.
+
+        Raises:
+            Inseparable: the routed part went through something that is not linear together with another part.
+        """
+        if not self.is_routed(node):
+            return None if self._is_zero(node) else self._readable(node)
+        if is_plain_add(node):
+            left, right = (self.kept(a) for a in node.args)
+            if left is None or right is None:
+                return left if right is None else right
+            return ("add", left, right, node)
+        if op_name(node) in ("index_add", "scatter_add") and node.args and not self.is_routed(node.args[0]):
+            return self.kept(node.args[0])
+        carrier = self._linear_in(node)
+        if carrier is not None:
+            kept = self.kept(carrier)
+            if kept is None:
+                return None
+            for other in node.all_input_nodes:
+                if other is not carrier:
+                    self._readable(other)
+            return ("apply", node, carrier, kept)
+        mixed = self._mixed_below(node)
+        if mixed is not None:
+            raise Inseparable(Reason(
+                "post_norm_over_sum", f"{node.name} ({op_name(node)}) is not linear and takes routed and shared parts "
+                f"together (they meet in {mixed.name}), so the stream without the routed part is not defined",
+                node=node.name))
+        return None
+
+    def _readable(self, node: Node) -> Node:
+        late = [w for w in self.flow.writes_to(node) if self.flow.position[w] > self.flow.position[node]]
+        if late:
+            raise Inseparable(Reason(
+                "overwritten", f"{late[0].name} writes into the memory of {node.name}, which the stream without the "
+                "routed part is made of", node=node.name))
+        return node
+
+    def _is_zero(self, node: Node) -> bool:
+        return op_name(node) in ("zeros", "zeros_like", "new_zeros") and not self.flow.writes_to(node)
+
+    def _linear_in(self, node: Node) -> Node | None:
+        """The one routed operand that ``node`` is linear in, if it is."""
+        name = op_name(node)
+        routed = [a for a in node.args if isinstance(a, Node) and self.is_routed(a)]
+        if len(routed) != 1 or not isinstance(value_of(node), torch.Tensor):
+            return None
+        if name in {"view", "reshape", "contiguous", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
+                    "transpose", "permute", "detach"} | CASTS:
+            return routed[0] if node.args[0] is routed[0] and self._same_size(node, routed[0]) else None
+        if name == "dropout" and not self._drops(node):
+            return routed[0]
+        if name in {"mul", "imul"} or (name in {"div", "truediv", "itruediv"} and node.args[0] is routed[0]):
+            return routed[0] if self._same_size(node, routed[0]) else None
+        return None
+
+    def _same_size(self, a: Node, b: Node) -> bool:
+        x, y = value_of(a), value_of(b)
+        return isinstance(y, torch.Tensor) and y.is_floating_point() and \
+            (x.numel() == y.numel() if _static(x) and _static(y) else x.dim() <= y.dim() + 1)
+
+    @staticmethod
+    def _drops(node: Node) -> bool:
+        p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+        return bool(p) and bool(training)
+
+    def _mixed_below(self, node: Node) -> Node | None:
+        """A place at or below ``node`` where a routed value meets another value of the branch as an equal.
+
+        Tokens enter the experts through products and by being picked; anywhere else two values that meet may be terms
+        of a sum. Scores of the router may meet what was chosen.
+        """
+        todo, seen = [node], set()
+        while todo:
+            current = todo.pop()
+            if current in seen or not self.is_routed(current):
+                continue
+            seen.add(current)
+            inputs = current.all_input_nodes
+            if op_name(current) in TAKES_A_LIKENESS:
+                inputs = inputs[:1]
+            unseen = not any(map(self.is_routed, inputs)) and self.flow.ancestors(current) & self.routed
+            if unseen:      # routed by way of memory that was written in place
+                inputs = [*inputs, *(a for i in inputs for w in self.flow.writes_to(i)
+                                     if self.flow.position[w] < self.flow.position[current]
+                                     for a in w.all_input_nodes)]
+            if unseen or op_name(current) not in TAKES_TOKENS:
+                for other in inputs:
+                    if not self.is_routed(other) and self._is_term(other):
+                        return current
+            todo += inputs
+        return None
+
+    def _is_term(self, node: Node) -> bool:
+        value = value_of(node)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or is_weight(node):
+            return False
+        above = self.flow.ancestors(node) | self.flow.bit(node)
+        if above & self.routers or self._is_zero(node) or op_name(node) in MAKES_MEMORY:
+            return False
+        return any(n.op == "placeholder" and not is_weight(n) or op_name(n) == "embedding"
+                   for n in self.flow.members(self.flow.ancestors(node)))
+
+
+def _static(tensor: torch.Tensor) -> bool:
+    return all(isinstance(d, int) for d in tensor.shape)
