@@ -1,7 +1,7 @@
 """The connectivities: which contributions a block may not see. One small function each.
 
 A connectivity is called once for every layer and says what its attention and its MLP or MoE read: the residual stream
-of the model *without* some contributions. ``previous`` is the layer before, None for the first.
+of the model *without* some contributions. ``earlier`` are the layers before it, in order.
 
     attention k reads            MLP/MoE k reads              source
     none       as the model      as the model
@@ -15,37 +15,38 @@ out a contribution of a layer that is not converted.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .passes.detect import Layer
 from .passes.rewire import Missing, Reads
 
-Connectivity = Callable[[Layer, "Layer | None"], Reads]
+Connectivity = Callable[[Layer, Sequence[Layer]], Reads]
 
 
-def none(layer: Layer, previous: Layer | None) -> Reads:
+def none(layer: Layer, earlier: Sequence[Layer]) -> Reads:
     return Reads()
 
 
-def farskip(layer: Layer, previous: Layer | None) -> Reads:
-    return Reads(attention=_without_routed(previous), mlp=_without_attention(layer))
+def farskip(layer: Layer, earlier: Sequence[Layer]) -> Reads:
+    return Reads(attention=_without_routed(earlier), mlp=_without_attention(layer))
 
 
-def attn_only(layer: Layer, previous: Layer | None) -> Reads:
-    return Reads(attention=_without_routed(previous))
+def attn_only(layer: Layer, earlier: Sequence[Layer]) -> Reads:
+    return Reads(attention=_without_routed(earlier))
 
 
-def mlp_only(layer: Layer, previous: Layer | None) -> Reads:
+def mlp_only(layer: Layer, earlier: Sequence[Layer]) -> Reads:
     return Reads(mlp=_without_attention(layer))
 
 
-def ladder(layer: Layer, previous: Layer | None) -> Reads:
-    whole = (Missing(layer=previous.index, block="mlp", part="all"),) if previous else ()
+def ladder(layer: Layer, earlier: Sequence[Layer]) -> Reads:
+    whole = (Missing(layer=earlier[-1].index, block="mlp", part="all"),) if earlier else ()
     return Reads(attention=whole, mlp=_without_attention(layer))
 
 
-def _without_routed(layer: Layer | None) -> tuple[Missing, ...]:
-    return (Missing(layer=layer.index, block="mlp", part="routed"),) if layer and layer.mlp.kind == "moe" else ()
+def _without_routed(earlier: Sequence[Layer]) -> tuple[Missing, ...]:
+    moe = earlier and earlier[-1].mlp.kind == "moe"
+    return (Missing(layer=earlier[-1].index, block="mlp", part="routed"),) if moe else ()
 
 
 def _without_attention(layer: Layer) -> tuple[Missing, ...]:

@@ -21,7 +21,7 @@ Steps
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -81,7 +81,7 @@ class ContractBroken(RuntimeError):
     """A pass left a graph that is not what it promised: a bug of farskip_fx, never of the model."""
 
 
-def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Layer | None], Reads],
+def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
            layers: Collection[int]) -> Rewired:
     """Apply ``connectivity`` to ``layers`` (indices of decoder layers)."""
     refused: dict[int, Reason] = {}
@@ -107,7 +107,7 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Layer
 
 
 def _plan(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
-    reads = connectivity(blocks.layers[index], blocks.layers[index - 1] if index else None)
+    reads = connectivity(blocks.layers[index], blocks.layers[:index])
     seen = [tuple(m for m in side if m.layer in converted) for side in (reads.attention, reads.mlp)]
     return Reads(attention=seen[0], mlp=seen[1])
 
