@@ -47,10 +47,30 @@ def _ranks_outputs_of(ranked: torch.Tensor, linear: Node) -> bool:
     return any(isinstance(d, int) and d > 1 and d % last == 0 for d in (scores.shape[-1], scores.shape[0]))
 
 
+_LOOKS_AT = VIEWS | CASTS | {"t", "mT", "T", "getattr"}       # at its first operand
+_COMBINES = ELEMENTWISE | LINEAR_MAPS | {"cat", "stack"}
+_MANY = 64
+
+
 def is_weight(node: Node) -> bool:
-    """A parameter or buffer, possibly cast, transposed or indexed."""
-    while op_name(node) in VIEWS | CASTS | {"t", "mT", "T", "getattr"} and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+    """A parameter or buffer, or what is made of parameters and buffers alone: cast, transposed, indexed, or with an
+    adapter added to it. A derivation of more than a few steps is taken for something else."""
+    todo, seen = [node], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if _is_parameter(current):
+            continue
+        inputs, name = current.all_input_nodes, op_name(current)
+        if name not in _LOOKS_AT | _COMBINES or not inputs or len(seen) > _MANY:
+            return False
+        todo += inputs[:1] if name in _LOOKS_AT else inputs
+    return True
+
+
+def _is_parameter(node: Node) -> bool:
     if node.op == "get_attr":
         return True
     if node.op != "placeholder":
