@@ -15,7 +15,7 @@ a fraction of a second.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.fx import Graph, Node
@@ -31,6 +31,15 @@ _SHAPE_ONLY = {
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
     "new_empty", "new_full", "new_tensor", "size", "dim", "numel", "stride", "get_device", "is_floating_point",
 }
+
+
+_LIKENESS = {"type_as", "to", "expand_as", "view_as", "reshape_as"}      # of the second argument, not its value
+
+
+def value_inputs(node: Node) -> list[Node]:
+    """The inputs whose contents ``node`` takes in: of ``x.type_as(y)`` only x."""
+    inputs = node.all_input_nodes
+    return inputs[:1] if op_name(node) in _LIKENESS else inputs
 
 
 def value_of(node: Node):
@@ -99,13 +108,14 @@ class Dataflow:
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.storage_writes: dict[int, list[Node]] = {}
         self._ancestors: list[int] = []
+        self._marked: dict[str, int] = {}
         last_write: dict[int, Node] = {}
         storages = {node: storages_of(node) for node in self.nodes}
         self._storages = storages
         for node in self.nodes:
             mask = 0
             if op_name(node) not in _SHAPE_ONLY:
-                for source in node.all_input_nodes:
+                for source in value_inputs(node):
                     mask |= self._ancestors[self.position[source]] | (1 << self.position[source])
                     for storage in storages[source]:
                         write = last_write.get(storage)
@@ -131,6 +141,12 @@ class Dataflow:
         for node in nodes:
             mask |= self.bit(node)
         return mask
+
+    def marked(self, name: str, test: Callable[[Node], bool]) -> int:
+        """The nodes for which ``test`` holds; computed once for each ``name``."""
+        if name not in self._marked:
+            self._marked[name] = self.mask(n for n in self.nodes if test(n))
+        return self._marked[name]
 
     def members(self, mask: int) -> list[Node]:
         """Nodes of a bit set, in graph order; time is proportional to the span of the set, not to the graph."""

@@ -1,19 +1,20 @@
-"""Step 2: say what each branch of the stream is, and split MoE contributions into routed and shared parts.
+"""Step 2: say what each block of the stream is, split MoE contributions, and group blocks into layers.
 
 Contract: a ``Stream`` in, ``Blocks`` out (or ``NoBlocks`` with a typed reason). Nothing is changed; dataflow decides.
 
 Terms
-  selection    the router's choice: top-k, argmax or sort over scores that one linear map computes per token, whose
-               result picks expert weights, expert sub-networks or an exchange between ranks
-  routed part  what depends on a selection or on an exchange between ranks; it is in flight while its combine runs
-  shared part  additive terms of an MoE contribution that do not depend on the selection (a shared expert)
-  mixer        attention, linear attention, state space, convolution: mixes tokens
-  kept(b)      contribution b with the routed part left out, as a recipe: U must be linear in it
+  mixer         attention, linear attention, state space, convolution: mixes tokens
+  routed part   what depends on a selection (see ``routing``) or on an exchange between ranks; it is in flight while its
+                combine runs
+  shared part   additive terms of an MoE contribution that do not depend on the selection (a shared expert)
+  layer         one or more mixers, then the MLP or MoE that they lead to; a token-wise block that follows an MLP (an input
+                per layer, say) leads the next layer
+  block in front   of the MLP: the one whose contribution its outdated read lacks; normally the attention
 
 Steps
-  1. Classify each branch: ``moe`` (has a selection), ``mixer`` (mixes tokens), ``mlp`` (only token-wise maps).
-  2. Pair them into layers: mixer, then mlp or moe.
-  3. For each MoE contribution walk from the update down through linear operations to the sum routed + shared.
+  1. Classify each contribution: ``moe`` (has a selection), ``mixer`` (mixes tokens), ``mlp`` (only token-wise maps).
+  2. Split each MoE contribution into routed and shared parts (see ``terms``).
+  3. Group: an MoE, or the first MLP after a mixer where there is no MoE, ends a layer.
 """
 from __future__ import annotations
 
@@ -21,19 +22,22 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from .dataflow import Dataflow, op_name
+from .dataflow import Dataflow, op_name, value_of
 from .operations import ATTENTION, EXCHANGES, PRODUCTS, SELECTORS, TOKEN_WISE
 from .reasons import Reason
-from .residual import Stream, Update
-from .routing import chooses, experts_of, looks_like_experts, scores_of
-from .terms import Inseparable, Terms
+from .residual import Contribution, Stream
+from .routing import chooses, experts_of, is_weight, looks_like_experts, scores_of
+from .sums import is_float
+from .terms import Terms
+from .update import Undefined
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One branch of the stream."""
+    """One block of the stream: what adds one contribution."""
     kind: str                 # "mixer", "mlp" or "moe"
-    update: Update
+    contribution: Contribution
+    update: int               # index of the update that adds it
     routed: int = 0           # bit set of nodes that depend on the selection; 0 where kind is not "moe"
     routers: int = 0          # bit set of the linear maps whose outputs are ranked
     shared: bool = False      # whether the contribution has a part that is not routed
@@ -42,18 +46,38 @@ class Block:
     evidence: str = ""
     exchange: str = ""        # name of an exchange between ranks in this branch
 
+    @property
+    def node(self) -> Node:
+        return self.contribution.node
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
+    """A decoder layer: its blocks in the order of the stream, the MLP or MoE last."""
     index: int
-    attention: Block
-    mlp: Block
+    blocks: tuple[Block, ...]
+
+    @property
+    def mlp(self) -> Block:
+        return self.blocks[-1]
+
+    @property
+    def attention(self) -> Block | None:
+        """The block in front of the MLP; None where an MoE begins the model."""
+        return self.blocks[-2] if len(self.blocks) > 1 else None
+
+    @property
+    def leading(self) -> tuple[Block, ...]:
+        """The blocks that read the stream while what the layer before adds may be in flight: up to the first mixer."""
+        first = next((i for i, b in enumerate(self.blocks[:-1]) if b.kind == "mixer"), -1)
+        return self.blocks[:first + 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     layers: tuple[Layer, ...]
     stream: Stream
+    tail: tuple[Block, ...] = ()     # after the last layer; they read as the model has it
 
     @property
     def moe_layers(self) -> int:
@@ -66,80 +90,116 @@ class NoBlocks:
     moe: int = 0              # branches with a router that were seen all the same
 
 
-def is_busy(flow: Dataflow, node: Node) -> bool:
-    """Nodes that must lie in a branch: attention, convolution, a router's selection, an exchange."""
+def is_busy(flow: Dataflow, node: Node) -> str:
+    """What must lie in a branch: "mixes" (attention, convolution), "routes" (a selection, an exchange), else ""."""
     name = op_name(node)
-    if name in ATTENTION or (name in EXCHANGES and node.op == "call_function"):
-        return True
+    if name in ATTENTION:
+        return "mixes"
+    if name in EXCHANGES and node.op == "call_function":
+        return "routes"
     if name in PRODUCTS and sum(_is_activation(flow, a) for a in node.all_input_nodes) > 1:
-        return True
-    return name in SELECTORS and scores_of(flow, node, None) is not None
+        return "mixes"
+    return "routes" if name in SELECTORS and scores_of(flow, node, None) is not None else ""
 
 
 def _is_activation(flow: Dataflow, node: Node) -> bool:
-    """Computed from an embedding."""
-    return any(op_name(n) == "embedding" for n in flow.members(flow.ancestors(node)))
+    """Computed from tokens: from an embedding or from hidden states that are an argument."""
+    return bool((flow.ancestors(node) | flow.bit(node)) & flow.marked("activation", lambda n: op_name(n) == "embedding" or (
+        n.op == "placeholder" and is_float(value_of(n)) and value_of(n).dim() > 2 and not is_weight(n))))
 
 
 def detect(stream: Stream) -> Blocks | NoBlocks:
-    """Classify the branches and pair them into layers."""
-    blocks = [_classify(stream, update) for update in stream.updates]
+    """Classify the blocks and group them into layers."""
+    blocks = [_classify(stream, i, contribution) for i, update in enumerate(stream.updates)
+              for contribution in update.contributions]
     moe = sum(b.kind == "moe" for b in blocks)
     for block in blocks:
         if block.kind == "both":
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "parallel_block", f"{_where(block)} computes attention and routed experts in one branch (a parallel "
-                "block); there is no attention output that the experts could skip", node=block.update.add.name))
+                "block); there is no attention output that the experts could skip", node=block.node.name))
         if block.kind == "unknown":
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "no_router", f"{_where(block)} has stacked or repeated expert weights, but no router that chooses among "
-                "them was found in this branch", node=block.update.add.name))
-    layers = []
-    for first, second in zip(blocks[::2], blocks[1::2]):
-        if first.kind != "mixer" or second.kind == "mixer":
-            return NoBlocks(moe=moe, reason=Reason(
-                "not_alternating", f"{_where(first)} is {_a(first.kind)} and the next branch, {_where(second)}, is "
-                f"{_a(second.kind)}: layers are not attention followed by one MLP or MoE",
-                node=second.update.add.name))
-        layers.append(Layer(index=len(layers), attention=first, mlp=second))
-    if len(blocks) % 2:
+                "them was found in this branch", node=block.node.name))
+    return _group(stream, _mixer_first(blocks), moe)
+
+
+def _mixer_first(blocks: list[Block]) -> list[Block]:
+    """Parallel blocks that read one state in the order mixer, MLP, however the sum was written."""
+    ordered = list(blocks)
+    for i, (first, second) in enumerate(zip(ordered, ordered[1:])):
+        if first.kind != "mixer" and second.kind == "mixer" and first.contribution.origin == second.contribution.origin:
+            ordered[i:i + 2] = [second, first]
+    return ordered
+
+
+def _group(stream: Stream, blocks: list[Block], moe: int) -> Blocks | NoBlocks:
+    layers, waiting, i = [], [], 0
+    if not any(b.kind == "mixer" for b in blocks):
         return NoBlocks(moe=moe, reason=Reason(
-            "not_alternating", f"the stream has {len(blocks)} residual additions, which do not pair into layers of "
-            f"attention and MLP; the last is {_where(blocks[-1])}", node=blocks[-1].update.add.name))
-    return Blocks(layers=tuple(layers), stream=stream)
+            "not_alternating", f"none of the {len(blocks)} blocks mixes tokens, so there is no attention that exchanges "
+            "could hide behind"))
+    while i < len(blocks):
+        mixers = [b for b in _while(blocks[i:], True)]
+        others = [b for b in _while(blocks[i + len(mixers):], False)]
+        i += len(mixers) + len(others)
+        routed = [k for k, b in enumerate(others) if b.kind == "moe"]
+        if len(routed) > 1:
+            first, second = (others[k] for k in routed[:2])
+            return NoBlocks(moe=moe, reason=Reason(
+                "not_alternating", f"{_where(second)} is an MoE, and so is {_where(first)}: there is no attention between "
+                "the two", node=second.node.name))
+        end = routed[0] if routed else 0 if mixers else -1
+        if end < 0 or not others:
+            waiting += mixers + others
+            continue
+        layers.append(Layer(index=len(layers), blocks=(*waiting, *mixers, *others[:end + 1])))
+        waiting = others[end + 1:]
+    if not layers:
+        return NoBlocks(moe=moe, reason=Reason(
+            "not_alternating", f"no MLP or MoE follows the {len(blocks)} token mixers of this model"))
+    return Blocks(layers=tuple(layers), stream=stream, tail=tuple(waiting))
+
+
+def _while(blocks: list[Block], mixer: bool):
+    for block in blocks:
+        if (block.kind == "mixer") is not mixer:
+            return
+        yield block
 
 
 # --- classification ---------------------------------------------------------------------------------------------
 
-def _classify(stream: Stream, update: Update) -> Block:
-    flow = stream.flow
-    before = update.before
-    branch = flow.descendants(flow.bit(before), update.branch)
+def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
+    flow, branch = stream.flow, contribution.branch
+    before = stream.states[contribution.origin]
     nodes = flow.members(branch)
+    common = dict(contribution=contribution, update=index, label=_label(contribution.node))
     attention = next((n for n in nodes if op_name(n) in ATTENTION), None)
     exchange = next((n for n in nodes if n.op == "call_function" and op_name(n) in EXCHANGES), None)
     routers = {n: linear for n in nodes if op_name(n) in SELECTORS and chooses(n)
                and (linear := scores_of(flow, n, before)) is not None}
     experts = {n: found for n, linear in routers.items()
-               if (found := experts_of(flow, nodes, n, linear, update.branch)) is not None}
-    label = _label(update)
+               if (found := experts_of(flow, nodes, n, linear, branch)) is not None}
     if experts:
         if attention is not None:
-            return Block(kind="both", update=update, label=label)
-        selected = flow.descendants(flow.mask(experts), update.branch)
+            return Block(kind="both", **common)
+        selected = flow.descendants(flow.mask(experts), branch)
         ranked = flow.mask(routers[n] for n in experts)
-        shared, partial = _split(flow, update, selected, ranked)
+        shared, partial = _split(flow, contribution.node, selected, ranked)
         selection, found = list(experts.items())[-1]
         evidence = f"{selection.name} selects, {found.name} computes"
-        return Block(kind="moe", update=update, routed=selected, routers=ranked, shared=shared, partial=partial,
-                     label=label, exchange=exchange.name if exchange is not None else "",
-                     evidence=evidence + (f", {exchange.name} exchanges" if exchange is not None else ""))
+        return Block(kind="moe", routed=selected, routers=ranked, shared=shared, partial=partial,
+                     exchange=exchange.name if exchange is not None else "",
+                     evidence=evidence + (f", {exchange.name} exchanges" if exchange is not None else ""), **common)
     mixer = attention or next((n for n in nodes if mixes_tokens(flow, n, before)), None)
-    if mixer is not None:
-        return Block(kind="mixer", update=update, label=label, evidence=f"{mixer.name} mixes tokens")
+    certain = attention is not None or mixer is not None and op_name(mixer) in PRODUCTS
+    if mixer is not None and (certain or not looks_like_experts(nodes)):
+        return Block(kind="mixer", evidence=f"{mixer.name} mixes tokens", **common)
     if looks_like_experts(nodes):
-        return Block(kind="unknown", update=update, label=label)
-    return Block(kind="mlp", update=update, label=label, evidence=f"{len(nodes)} token-wise operations")
+        return Block(kind="unknown", **common)
+    return Block(kind="mlp", evidence=f"{len(nodes)} token-wise operations", **common)
 
 
 def mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
@@ -150,23 +210,20 @@ def mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
     return name not in TOKEN_WISE and node.op in ("call_function", "call_method")
 
 
-# --- routed and shared parts ------------------------------------------------------------------------------------
-
-def _split(flow: Dataflow, update: Update, routed: int, routers: int) -> tuple[bool, Reason | None]:
+def _split(flow: Dataflow, node: Node, routed: int, routers: int) -> tuple[bool, Reason | None]:
     """(has a shared part, why the routed part cannot be left out)."""
-    terms = Terms(flow=flow, routed=routed, routers=routers)
     try:
-        kept = terms.kept(update.contribution)
-    except Inseparable as stop:
+        kept = Terms(flow=flow, routed=routed, routers=routers).kept(node)
+    except Undefined as stop:
         return True, stop.reason
     return kept is not None, None
 
 
 # --- words ------------------------------------------------------------------------------------------------------
 
-def _label(update: Update) -> str:
+def _label(node: Node) -> str:
     """Module path of the layer part that made the contribution, from ``nn_module_stack``: for messages only."""
-    stack = update.contribution.meta.get("nn_module_stack") or {}
+    stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return clean_path(paths[-1]) if paths else ""
 
@@ -179,8 +236,4 @@ def clean_path(path: str) -> str:
 
 
 def _where(block: Block) -> str:
-    return f"{block.label} ({block.update.add.name})" if block.label else block.update.add.name
-
-
-def _a(kind: str) -> str:
-    return {"mixer": "attention or another token mixer", "mlp": "a dense MLP", "moe": "an MoE"}[kind]
+    return f"{block.label} ({block.node.name})" if block.label else block.node.name

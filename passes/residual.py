@@ -4,160 +4,172 @@ Contract: a normalized Dynamo graph in; a ``Stream`` out, or ``NoStream`` with a
 only dataflow decides: module paths are not looked at.
 
 Terms
-  state    s0, s1, ...: a value of the residual stream
-  update   the addition s_{i+1} = s_i + b_i (either order of operands)
-  branch   the nodes that b_i needs beyond s_i; its *reads* are the edges through which it takes in s_i
-  head     what follows the last state: final norm, language-model head
+  state         s0, s1, ...: a value of the residual stream
+  update        s_{i+1} = U(s_i, b): an addition, with whatever scales, casts, views, mixes or norms the stream around it
+  light         an operation that leaves the stream a stream: a view, a cast, a scale, a norm, a mix of parallel streams
+  trail         the light operations and updates that a value of the stream came through
+  contribution  what one block adds; its *branch* is what it computes from the state that it reads (its *origin*)
+  head          what follows the last state: final norm, language-model head
 
 Steps
-  1. Every addition of two values of one shape, one of which is computed from the other, is a possible update.
-  2. Updates chain through their skip operand. The longest chain is the stream.
-  3. The chain must be whole: it starts at an embedding (or at an argument of the model), ends in a head and not at the
+  1. Every addition of a value and something computed from it is a possible update; light operations carry a trail on.
+     The longest trail is the stream.
+  2. A state is the last value between two updates that everything later passes through.
+  3. What U does to a contribution (scale, cast, gate made from the stream) is peeled off, so that the block is left.
+  4. The stream must be whole: it starts at an embedding (or at an argument of the model), ends in a head and not at the
      edge of the graph, no state is overwritten, and nothing that mixes tokens or routes happens outside its branches.
 """
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, value_of
+from .peel import parallel_parts, peel, trailing_convolution
 from .reasons import Reason
+from .routing import is_weight
+from .sums import is_float
+from .trail import Step, longest_trail
+
+Busy = Callable[[Dataflow, Node], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What one block adds."""
+    node: Node
+    origin: int              # index of the state that the block reads
+    branch: int              # bit set: what it computes from that state, ``node`` included (see Dataflow)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One step of the stream: ``add = before + contribution``."""
-    before: Node            # state s_i
-    contribution: Node      # b_i
-    add: Node               # state s_{i+1}
-    branch: int             # bit set: nodes of the branch (see Dataflow)
-    reads: tuple[Node, ...]  # users of s_i inside the branch
+    """One step of the stream: ``after`` = U(``before``, contributions)."""
+    before: Node             # state s_i
+    add: Node
+    after: Node              # state s_{i+1}
+    contributions: tuple[Contribution, ...]     # one, or several that are added up first (parallel blocks)
+    nodes: int               # bit set: what of U depends on ``before``; branches included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     updates: tuple[Update, ...]
     flow: Dataflow = field(repr=False)
-    outside: int             # bit set: nodes that feed the output and are in no branch
 
     @property
     def states(self) -> tuple[Node, ...]:
-        return (self.updates[0].before, *(u.add for u in self.updates))
+        return (self.updates[0].before, *(u.after for u in self.updates))
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoStream:
     reason: Reason
-    length: int              # updates in the longest chain, 0 where there is none: a graph of the loss, say
+    length: int              # updates in the longest trail, 0 where there is none: a graph of the loss, say
 
 
-def find_stream(graph: Graph, *, busy: Callable[[Dataflow, Node], bool]) -> Stream | NoStream:
-    """Find the stream. ``busy`` says which nodes belong into a branch (they mix tokens or route)."""
+def find_stream(graph: Graph, *, busy: Busy) -> Stream | NoStream:
+    """Find the stream. ``busy`` says which nodes belong into a branch: "mixes" tokens, "routes" them, or ""."""
     flow = Dataflow(graph)
-    chain = _longest_chain(flow)
-    if len(chain) < 2:
-        return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
-                        length=len(chain))
     output = flow.nodes[-1]
-    for reason in (_overwritten(flow, chain), _ends_in_head(flow, chain, output), _begins_at_embedding(flow, chain)):
+    kinds = {node: kind for node in flow.nodes if (kind := busy(flow, node))}
+    steps = longest_trail(flow, flow.mask(kinds))
+    if len(steps) < 2:
+        return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
+                        length=len(steps))
+    states = _states(flow, steps, output)
+    updates = _updates(flow, steps, states, kinds)
+    for reason in (_overwritten(flow, updates), _ends_in_head(updates[-1].after, output),
+                   _begins_at_embedding(flow, states[0]), _gap(flow, updates, kinds, output)):
         if reason is not None:
-            return NoStream(reason=reason, length=len(chain))
-
-    updates, covered = [], 0
-    for before, contribution, add in chain:
-        branch = flow.ancestors(contribution) & ~flow.ancestors(before) & ~flow.bit(before) | flow.bit(contribution)
-        reads = tuple(u for u in before.users if u is not add and flow.bit(u) & branch)
-        if not reads:
-            return NoStream(length=len(chain), reason=Reason(
-                "parallel_block", f"the branch that ends in {contribution.name} reads an earlier state than the one "
-                f"it is added to ({before.name}): parallel blocks are not rewired"))
-        updates.append(Update(before=before, contribution=contribution, add=add, branch=branch, reads=reads))
-        covered |= branch | flow.bit(add) | flow.bit(before)
-    outside = flow.ancestors(output) & ~covered
-    stray = next((n for n in flow.members(outside) if busy(flow, n)), None)
-    if stray is not None:
-        return NoStream(length=len(chain), reason=Reason(
-            "gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
-            f"{len(chain)} residual additions that were found are not the whole model", node=stray.name))
-    return Stream(updates=tuple(updates), flow=flow, outside=outside)
+            return NoStream(reason=reason, length=len(steps))
+    return Stream(updates=tuple(updates), flow=flow)
 
 
-def is_plain_add(node: Node) -> bool:
-    """An addition of two nodes, without ``alpha`` or ``out``."""
-    if node.op == "call_function":
-        known = node.target in (operator.add, torch.add, torch.ops.aten.add.Tensor)
-    else:
-        known = node.op == "call_method" and node.target == "add"
-    return known and not node.kwargs and len(node.args) == 2 and all(isinstance(a, Node) for a in node.args)
+def _states(flow: Dataflow, steps: list[Step], output: Node) -> list[Node]:
+    """s_0 .. s_n. Between two updates: the last node of the trail that everything later passes through."""
+    live = flow.ancestors(output)
+    states = []
+    for step in steps:
+        state = step.path[0]
+        for candidate in step.path[1:]:
+            inner = flow.descendants(flow.bit(step.path[0]), flow.ancestors(candidate) & ~flow.ancestors(step.path[0]))
+            members = {step.path[0], *flow.members(inner)}
+            if all(user is candidate or user in members or user is output or not flow.bit(user) & live
+                   for node in members for user in node.users):
+                state = candidate
+        states.append(state)
+    return [*states, steps[-1].add]
 
 
-def _alike(a: Node, b: Node) -> bool:
-    """Same rank, same (static) last size, floating point. Symbolic sizes are never compared."""
-    x, y = value_of(a), value_of(b)
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor) or x.dim() != y.dim() or x.dim() < 2:
-        return False
-    if not (x.is_floating_point() and y.is_floating_point()):
-        return False
-    return all(p == q for p, q in zip(x.shape, y.shape) if isinstance(p, int) and isinstance(q, int))
+def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[Node, str]) -> list[Update]:
+    mixing = flow.mask(n for n, kind in kinds.items() if kind == "mixes")
+    all_convolved = all(trailing_convolution(s.contribution) for s in steps)
+    cores = [peel(flow, step, states[i], flow.mask(kinds), convolutions=all_convolved) for i, step in enumerate(steps)]
+    updates = []
+    for i, (step, core) in enumerate(zip(steps, cores)):
+        # A sum of attention and MLP, added at once, is two parallel blocks: where layers are one update each.
+        before = i == 0 or len(updates[-1].contributions) > 1 or not updates[-1].contributions[0].branch & mixing
+        alone = before and (i + 1 == len(steps) or bool(_branch(flow, cores[i + 1], states, i + 1)[1] & mixing))
+        parts = parallel_parts(flow, core, states[i], mixing, flow.mask(kinds) & ~mixing) if alone else [core]
+        contributions = []
+        for part in parts:
+            origin, branch = _branch(flow, part, states, i)
+            contributions.append(Contribution(node=part, origin=origin, branch=branch))
+        before, after = states[i], states[i + 1]
+        changed = flow.bit(before) | flow.mask(parts)
+        nodes = flow.descendants(changed, (flow.ancestors(after) | flow.bit(after)) & ~flow.ancestors(before))
+        for c in contributions:
+            nodes |= c.branch
+        updates.append(Update(before=before, add=step.add, after=after, contributions=tuple(contributions), nodes=nodes))
+    return updates
 
 
-def _longest_chain(flow: Dataflow) -> list[tuple[Node, Node, Node]]:
-    """(before, contribution, add) along the longest chain of updates; of equally long ones the last."""
-    length: dict[Node, int] = {}
-    step: dict[Node, tuple[Node, Node, Node]] = {}
-    best = None
-    for node in flow.nodes:
-        if not is_plain_add(node) or not _alike(*node.args):
-            continue
-        for before, branch in (node.args, node.args[::-1]):
-            previous = step.get(before)
-            # A branch that reads the state before (a parallel block) still updates this stream.
-            if flow.depends(branch, before) or (previous is not None and flow.depends(branch, previous[0])):
-                if length.get(before, 0) + 1 > length.get(node, 0):
-                    length[node] = length.get(before, 0) + 1
-                    step[node] = (before, branch, node)
-        if node in length and (best is None or length[node] >= length[best]):
-            best = node
-    chain = []
-    while best in step:
-        chain.append(step[best])
-        best = step[best][0]
-    return chain[::-1]
+def _branch(flow: Dataflow, core: Node, states: list[Node], index: int) -> tuple[int, int]:
+    """(the latest state at or before ``index`` that ``core`` depends on, what lies between the two)."""
+    origin = next((i for i in range(index, -1, -1) if flow.depends(core, states[i])), 0)
+    above = (flow.ancestors(core) | flow.bit(core)) & ~flow.ancestors(states[origin]) & ~flow.bit(states[origin])
+    return origin, flow.descendants(flow.bit(states[origin]), above)
 
 
-def _overwritten(flow: Dataflow, chain) -> Reason | None:
-    for node in (chain[0][0], *(n for _, b, add in chain for n in (b, add))):
-        writes = flow.writes_to(node)
-        late = [w for w in writes if flow.position[w] > flow.position[node]]
-        if late:
-            return Reason("overwritten", f"{late[0].name} writes into the memory of {node.name}, a value of the "
-                          "residual stream, and other values share that memory", node=node.name)
+def _overwritten(flow: Dataflow, updates: list[Update]) -> Reason | None:
+    for update in updates:
+        for node in (update.before, *(c.node for c in update.contributions), update.add, update.after):
+            late = [w for w in flow.writes_to(node) if flow.position[w] > flow.position[node]]
+            if late:
+                return Reason("overwritten", f"{late[0].name} writes into the memory of {node.name}, a value of the "
+                              "residual stream, and other values share that memory", node=node.name)
     return None
 
 
-def _ends_in_head(flow: Dataflow, chain, output: Node) -> Reason | None:
-    last = chain[-1][2]
+def _ends_in_head(last: Node, output: Node) -> Reason | None:
     if any(u is not output for u in last.users):
         return None
     return Reason("fragment", f"the residual stream leaves this graph at {last.name} before any final norm: "
                   "this graph holds only a part of the model", node=last.name)
 
 
-def _begins_at_embedding(flow: Dataflow, chain) -> Reason | None:
-    first = chain[0][0]
+def _begins_at_embedding(flow: Dataflow, first: Node) -> Reason | None:
     above = [*flow.members(flow.ancestors(first)), first]
-    names = {op_name(n) for n in above}
-    arguments = [n for n in above if n.op == "placeholder" and _is_activation(n)]
-    if "embedding" in names or arguments:
+    if any(op_name(n) == "embedding" or n.op == "placeholder" and _is_activation(n) for n in above):
         return None
     return Reason("fragment", f"{first.name}, where the residual stream begins, comes neither from an embedding nor "
                   "from an argument of the model", node=first.name)
 
 
+def _gap(flow: Dataflow, updates: list[Update], kinds: dict[Node, str], output: Node) -> Reason | None:
+    covered = 0
+    for update in updates:
+        covered |= update.nodes
+    outside = flow.ancestors(output) & ~covered
+    stray = next((n for n in kinds if flow.bit(n) & outside), None)
+    if stray is None:
+        return None
+    return Reason("gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
+                  f"{len(updates)} residual additions that were found are not the whole model", node=stray.name)
+
+
 def _is_activation(node: Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and value.is_floating_point()
+    return is_float(value_of(node)) and not is_weight(node)

@@ -2,34 +2,34 @@
 
 Contract: ``Blocks`` and a connectivity in; the graph of the stream changed in place, ``Rewired`` out. Only reads change:
 every contribution still reaches the stream, so the final norm reads all of it. A layer is rewired as a whole or not at
-all. After the change no branch depends on a contribution that it may not see; a violation raises.
+all. After the change no block depends on a contribution that it may not see; a violation raises.
 
 Terms
-  read of (i, missing)   the stream before update i, built without the missing contributions:
-                           nothing missing before i        -> state s_i as it is
-                           update i-1 missing as a whole   -> read of (i-1)
-                           update i-1 missing in part      -> read of (i-1) + what is kept of the contribution
-                           otherwise                       -> read of (i-1) + contribution
+  read of (i, missing)   state s_i built without the missing contributions:
+                           nothing missing before i        -> s_i as it is
+                           update i-1 missing as a whole   -> read of (i-1): outdated
+                           otherwise                       -> U_{i-1}(read of (i-1), what is kept of its contribution)
   (PAPER: outdated and partial activations, FarSkip-Collective section 3.)
 
 Steps
   1. For each requested layer ask the connectivity what is missing; contributions of layers that are not converted are
-     never missing. A read that cannot be built refuses the layer, with the reason.
+     never missing. Plan every read as a recipe. A read that is not defined refuses the layer, with the reason.
   2. A refused layer is an unconverted one: repeat until nothing changes.
-  3. Build the reads, redirect the branches' edges, check.
+  3. Build the reads, redirect the blocks' edges, check.
 """
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from .dataflow import Dataflow
+from .dataflow import Dataflow, op_name, value_inputs, written_arguments
 from .detect import Block, Blocks, Layer
 from .reasons import Reason
+from .recipe import Builder, ContractBroken, Copy, Recipe, drops
 from .terms import Terms
+from .update import Undefined, evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,181 +77,220 @@ class Rewired:
         return tuple(layer for layer in self.layers if layer.reason is not None)
 
 
-class ContractBroken(RuntimeError):
-    """A pass left a graph that is not what it promised: a bug of farskip_fx, never of the model."""
-
-
 def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
            layers: Collection[int]) -> Rewired:
     """Apply ``connectivity`` to ``layers`` (indices of decoder layers)."""
     refused: dict[int, Reason] = {}
     while True:
         converted = {layer.index for layer in blocks.layers if layer.index in layers} - set(refused)
-        plan = {i: _plan(blocks, i, connectivity, converted) for i in converted}
-        bad = {i: reason for i, reads in plan.items() if (reason := _cannot(blocks, reads)) is not None}
+        reads = {i: _reads(blocks, i, connectivity, converted) for i in converted}
+        plan, bad = {}, {}
+        for i in sorted(reads):
+            try:
+                plan[i] = _plan(blocks, blocks.layers[i], reads[i])
+            except Undefined as stop:
+                # Only the first is certain: refusing it may make the next one's read plain.
+                bad = {i: stop.reason}
+                break
         if not bad:
             break
-        # Only the first is certain: refusing it may make the next one's read plain.
-        first = min(bad)
-        refused[first] = bad[first]
-    builder = _Builder(graph, blocks)
-    edges = 0
-    for index, reads in sorted(plan.items()):
-        layer = blocks.layers[index]
-        edges += builder.redirect(2 * index, layer.attention, reads.attention)
-        edges += builder.redirect(2 * index + 1, layer.mlp, reads.mlp)
+        refused.update(bad)
+    builder, edges = Builder(graph), 0
+    for redirect in (r for i in sorted(plan) for r in plan[i]):
+        edges += _redirect(builder, blocks, redirect)
     graph.lint()
-    _check(blocks, plan)
-    reports = tuple(_report(layer, plan.get(layer.index), layers, refused.get(layer.index)) for layer in blocks.layers)
+    _check(blocks, [r for i in sorted(plan) for r in plan[i]])
+    reports = tuple(_report(layer, reads.get(layer.index), plan.get(layer.index, ()), layers, refused.get(layer.index))
+                    for layer in blocks.layers)
     return Rewired(layers=reports, edges=edges, nodes_added=builder.added)
 
 
-def _plan(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
+def _reads(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
     reads = connectivity(blocks.layers[index], blocks.layers[:index])
-    seen = [tuple(m for m in side if m.layer in converted) for side in (reads.attention, reads.mlp)]
+    seen = [tuple(m for m in side if m.layer in converted and _block(blocks, m) is not None)
+            for side in (reads.attention, reads.mlp)]
     return Reads(attention=seen[0], mlp=seen[1])
 
 
-def _cannot(blocks: Blocks, reads: Reads) -> Reason | None:
-    for missing in (*reads.attention, *reads.mlp):
-        block = _block(blocks, missing)
-        if missing.part == "routed" and block.partial is not None:
-            return block.partial
-    return None
-
-
-def _block(blocks: Blocks, missing: Missing) -> Block:
+def _block(blocks: Blocks, missing: Missing) -> Block | None:
     layer = blocks.layers[missing.layer]
     return layer.mlp if missing.block == "mlp" else layer.attention
 
 
-class _Builder:
-    """Builds stream values without some contributions; equal values are built once."""
+# --- planning ---------------------------------------------------------------------------------------------------
 
-    def __init__(self, graph: Graph, blocks: Blocks) -> None:
-        self.graph, self.blocks, self.flow = graph, blocks, blocks.stream.flow
-        self.updates = blocks.stream.updates
-        self.built: dict[tuple, Node] = {}
-        self.added = 0
-
-    def redirect(self, position: int, block: Block, missing: tuple[Missing, ...]) -> int:
-        if not missing:
-            return 0
-        # Everything a read is made of lies before the state that it replaces; and gradients are on there if anywhere.
-        anchor = block.update.before.next
-        parts = {2 * m.layer + (m.block == "mlp"): m.part for m in missing}
-        value = self.read(position, parts, anchor)
-        state = block.update.before
-        if value is state:
-            return 0
-        for user in block.update.reads:
-            user.replace_input_with(state, value)
-            user.meta["farskip"] = f"reads {value.name}, was {state.name}"
-        return len(block.update.reads)
-
-    def read(self, position: int, parts: dict[int, str], anchor: Node) -> Node:
-        state = self.blocks.stream.states[position]
-        parts = {i: part for i, part in parts.items() if i < position}
-        if not parts:
-            return state
-        key = (position, tuple(sorted(parts.items())))
-        if key in self.built:
-            return self.built[key]
-        update, block = self.updates[position - 1], self._block_of(position - 1)
-        base = self.read(position - 1, parts, anchor)
-        part = parts.get(position - 1)
-        if part == "all":
-            value = base
-        elif part == "routed":
-            terms = Terms(flow=self.flow, routed=block.routed, routers=block.routers)
-            kept = self._realize(terms.kept(update.contribution), anchor)
-            value = base if kept is None else self._update(update, base, kept, anchor)
-        else:
-            value = self._update(update, base, update.contribution, anchor)
-        self.built[key] = value
-        return value
-
-    def _block_of(self, i: int) -> Block:
-        layer = self.blocks.layers[i // 2]
-        return layer.mlp if i % 2 else layer.attention
-
-    def _update(self, update, state: Node, contribution: Node, anchor: Node) -> Node:
-        swap = update.add.args[0] is not update.before and update.add.args[1] is update.before
-        args = (contribution, state) if swap else (state, contribution)
-        return self._call(operator.add, args, like=update.add, anchor=anchor)
-
-    def _realize(self, recipe, anchor: Node) -> Node | None:
-        if recipe is None or isinstance(recipe, Node):
-            return recipe
-        if recipe[0] == "add":
-            _, left, right, like = recipe
-            args = (self._realize(left, anchor), self._realize(right, anchor))
-            return self._call(operator.add, args, like=like, anchor=anchor)
-        _, node, carrier, kept = recipe
-        source = self._realize(kept, anchor)
-        with self.graph.inserting_before(anchor):
-            copy = self.graph.node_copy(node, lambda n: source if n is carrier else n)
-        copy.meta = dict(node.meta)
-        self.added += 1
-        return copy
-
-    def _call(self, target, args, *, like: Node, anchor: Node) -> Node:
-        with self.graph.inserting_before(anchor):
-            node = self.graph.call_function(target, args)
-        node.meta = {k: v for k, v in like.meta.items() if k in ("example_value", "val", "nn_module_stack",
-                                                                 "stack_trace", "source_fn_stack")}
-        node.meta["farskip"] = f"{like.name} without what is in flight"
-        self.added += 1
-        return node
+@dataclass(frozen=True, kw_only=True)
+class _Redirect:
+    """``block`` reads ``value`` instead of its state; ``clones`` are what it shares with others, in graph order."""
+    block: Block
+    state: Node
+    value: Recipe
+    hidden: tuple[tuple[Block, str], ...]
+    clones: tuple[Node, ...]
 
 
-def _check(blocks: Blocks, plan: dict[int, Reads]) -> None:
-    """No branch takes in a contribution that it may not see, by way of the stream.
+def _plan(blocks: Blocks, layer: Layer, reads: Reads) -> list[_Redirect]:
+    sides = [(block, reads.attention) for block in layer.leading]
+    if layer.mlp not in layer.leading:
+        sides.append((layer.mlp, reads.mlp))
+    found = (_read(blocks, block, missing) for block, missing in sides if missing)
+    return [redirect for redirect in found if redirect is not None]
 
-    What another branch made of it (a shared expert that read it, indices that layers share) is that branch's own output.
+
+def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redirect | None:
+    stream = blocks.stream
+    origin = block.contribution.origin
+    hidden = tuple((b, m.part) for m in missing if (b := _block(blocks, m)) is not block and b.update < origin)
+    value = _without(blocks, origin, hidden)
+    state = stream.states[origin]
+    if not hidden or value is state:
+        return None
+    _sees_no_other(blocks, block, hidden)
+    return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=_shared(blocks, block))
+
+
+def _without(blocks: Blocks, position: int, hidden: tuple[tuple[Block, str], ...]) -> Recipe:
+    """State ``position`` without the hidden contributions."""
+    state = blocks.stream.states[position]
+    if not any(block.update < position for block, _ in hidden):
+        return state
+    flow, update = blocks.stream.flow, blocks.stream.updates[position - 1]
+    base = _without(blocks, position - 1, hidden)
+    here = {block.node: (block, part) for block, part in hidden if block.update == position - 1}
+    if len(here) == len(update.contributions) and all(part == "all" for _, part in here.values()):
+        return base
+    changed: dict[Node, Recipe] = {update.before: base}
+    for contribution in update.contributions:
+        block, part = here.get(contribution.node, (None, None))
+        changed[contribution.node] = contribution.node if block is None else None if part == "all" else _kept(flow, block)
+    return evaluate(flow, update.after, changed)
+
+
+def _kept(flow: Dataflow, block: Block) -> Recipe:
+    if block.partial is not None:
+        raise Undefined(block.partial)
+    return Terms(flow=flow, routed=block.routed, routers=block.routers).kept(block.node)
+
+
+def _shared(blocks: Blocks, block: Block) -> tuple[Node, ...]:
+    """What the block's branch has in common with the stream's own path and with parallel blocks: a norm, say."""
+    stream, flow = blocks.stream, blocks.stream.flow
+    others = 0
+    for index, update in enumerate(stream.updates):
+        if index < block.contribution.origin:
+            continue
+        own = 0
+        for contribution in update.contributions:
+            if contribution.node is not block.node:
+                same = contribution.origin == block.contribution.origin
+                others |= contribution.branch if same else 0
+            own |= contribution.branch
+        others |= _of_update(flow, update)
+        if index > block.update and index > block.contribution.origin:
+            break
+    found = flow.members(others & block.contribution.branch & ~flow.bit(block.node))
+    for node in found:
+        if written_arguments(node) or drops(node) or op_name(node) in ("scaled_dot_product_attention", "topk"):
+            raise Undefined(Reason(
+                "shared_computation", f"{node.name} ({op_name(node)}) is used by this block and by the residual stream or "
+                "another block beside it, and cannot be computed twice", node=node.name))
+    return tuple(found)
+
+
+def _of_update(flow: Dataflow, update) -> int:
+    """Nodes of U itself: between the state and the next one without passing through a contribution."""
+    cut, seen = {c.node for c in update.contributions}, 0
+    todo = [update.after]
+    while todo:
+        node = todo.pop()
+        bit = flow.bit(node)
+        if seen & bit or node in cut or node is update.before or not flow.depends(node, update.before) \
+                and not any(flow.depends(node, c) for c in cut):
+            continue
+        seen |= bit
+        todo += value_inputs(node)
+    return seen
+
+
+def _sees_no_other(blocks: Blocks, block: Block, hidden) -> None:
+    """The block takes in hidden contributions by no other way than the state that it reads."""
+    state = blocks.stream.states[block.contribution.origin]
+    seen = _upstream(blocks, block, stop=state) - {state}
+    for other, part in hidden:
+        update = blocks.stream.updates[other.update]
+        if update.add in seen or part == "all" and other.node in seen:
+            raise Undefined(Reason(
+                "reads_two_states", f"{block.label or block.node.name} reads the residual stream at two places, and one of "
+                f"them has what {other.label or other.node.name} adds, which it may not see", node=block.node.name))
+
+
+# --- the change -------------------------------------------------------------------------------------------------
+
+def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect) -> int:
+    flow, state = blocks.stream.flow, redirect.state
+    # Everything a read is made of lies before the state that it replaces; and gradients are on there if anywhere.
+    value = builder.realize(redirect.value, state.next, f"{state.name} without what is in flight")
+    swaps: dict[Node, Node] = {state: value}
+    for node in redirect.clones:
+        mine = tuple((a, swaps[a]) for a in node.all_input_nodes if a in swaps)
+        if mine:
+            swaps[node] = builder.realize(Copy(node, mine), node.next, f"{node.name}, read from {value.name}")
+    clones, edges = set(redirect.clones), 0
+    for node in flow.members(redirect.block.contribution.branch):
+        if node in clones:
+            continue
+        for old in [a for a in node.all_input_nodes if a in swaps]:
+            node.replace_input_with(old, swaps[old])
+            node.meta["farskip"] = f"reads {value.name}, was {state.name}"
+            edges += 1
+    return edges
+
+
+def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
+    """No block takes in a contribution that it may not see, by way of the stream.
+
+    What another block made of it (a shared expert that read it, indices that layers share) is that block's own output.
     """
-    flow = blocks.stream.flow
-    branches = 0
+    for redirect in redirects:
+        seen = _upstream(blocks, redirect.block, stop=None)
+        for other, part in redirect.hidden:
+            update = blocks.stream.updates[other.update]
+            if update.add in seen or part == "all" and other.node in seen:
+                raise ContractBroken(
+                    f"{redirect.block.label or redirect.block.node.name} still reads {other.node.name}, which it may not "
+                    "see; please report this model")
+
+
+def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
+    """What ``block`` is computed from; nodes of other branches and ``stop`` are reached, but not passed."""
+    flow, others = blocks.stream.flow, 0
     for update in blocks.stream.updates:
-        branches |= update.branch
-    for index, reads in plan.items():
-        layer = blocks.layers[index]
-        for block, missing in ((layer.attention, reads.attention), (layer.mlp, reads.mlp)):
-            if not missing:
-                continue
-            others = branches & ~block.update.branch
-            seen = _upstream(block.update.contribution, flow, stop=others)
-            for m in missing:
-                hidden = _block(blocks, m).update
-                if hidden.add in seen or m.part == "all" and hidden.contribution in seen:
-                    raise ContractBroken(
-                        f"layer {index}: {block.label or block.update.contribution.name} still reads "
-                        f"{hidden.contribution.name}, which it may not see; please report this model")
-
-
-def _upstream(node: Node, flow: Dataflow, *, stop: int) -> set[Node]:
-    """What ``node`` is computed from; nodes of ``stop`` are reached, but not passed."""
-    seen, todo = set(), [node]
+        for contribution in update.contributions:
+            others |= contribution.branch if contribution.node is not block.node else 0
+    others &= ~block.contribution.branch
+    seen, todo = set(), [block.node]
     while todo:
         current = todo.pop()
         if current in seen:
             continue
         seen.add(current)
         position = flow.position.get(current)       # None: a node that the rewiring added
-        if position is None or not stop >> position & 1:
-            todo += current.all_input_nodes
+        if current is not stop and (position is None or not others >> position & 1):
+            todo += value_inputs(current)
     return seen
 
 
 # --- words ------------------------------------------------------------------------------------------------------
 
-def _report(layer: Layer, reads: Reads | None, layers, reason: Reason | None) -> LayerReport:
+def _report(layer: Layer, reads: Reads | None, done, layers, reason: Reason | None) -> LayerReport:
     k = layer.index
     before = ("the embedding" if k == 0 else f"layer {k - 1} output", f"layer {k} attention output")
-    reads = reads or Reads()
+    changed = {redirect.block for redirect in done}
+    reads = Reads(attention=reads.attention if reads and changed & set(layer.leading) else (),
+                  mlp=reads.mlp if reads and layer.mlp in changed else ())
     return LayerReport(
         index=k, kind=layer.mlp.kind, requested=k in layers, reason=reason, label=layer.mlp.label,
-        rewired=bool(reads.attention or reads.mlp),
+        rewired=bool(done),
         attention_read_before=before[0], mlp_read_before=before[1],
         attention_reads=_describe(before[0], reads.attention), mlp_reads=_describe(before[1], reads.mlp, before[0]))
 

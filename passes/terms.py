@@ -1,7 +1,7 @@
 """The additive structure of an MoE contribution: routed and shared parts.
 
 Contract: nothing is changed; ``Terms.kept`` gives a recipe for a contribution without its routed terms, or raises
-``Inseparable`` with the reason.
+``Undefined`` with the reason.
 """
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from torch.fx import Node
 from .dataflow import Dataflow, op_name, value_of
 from .operations import CASTS, EXCHANGES, MAKES_MEMORY, TAKES_A_LIKENESS, TAKES_TOKENS
 from .reasons import Reason
-from .residual import is_plain_add
+from .recipe import Copy, Recipe
 from .routing import is_weight
-
-
-class Inseparable(Exception):
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
+from .sums import left_over, sum_of
+from .update import Undefined, shaped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +34,19 @@ class Terms:
         return bool(self.routed >> self.flow.position[node] & 1)
 
     def kept(self, node: Node):
-        """Recipe for ``node`` without its routed terms: a Node, ``("add", a, b, like)``, ``("apply", node, a, kept)``
-        or None where nothing is left.
+        """Recipe for ``node`` without its routed terms, None where nothing is left.
 
         Raises:
-            Inseparable: the routed part went through something that is not linear together with another part.
+            Undefined: the routed part went through something that is not linear together with another part.
         """
         if not self.is_routed(node):
             return None if self._is_zero(node) else self._readable(node)
-        if is_plain_add(node):
-            left, right = (self.kept(a) for a in node.args)
+        total = sum_of(node)
+        if total is not None and total.two_terms:
+            left, right = self.kept(total.first), self.kept(total.rest[0])
             if left is None or right is None:
-                return left if right is None else right
-            return ("add", left, right, node)
+                return self._shaped(left_over(total, first=left, rest=right), node)
+            return Copy(node, tuple({total.first: left, total.rest[0]: right}.items()))
         if op_name(node) in ("index_add", "scatter_add") and node.args and not self.is_routed(node.args[0]):
             return self.kept(node.args[0])
         carrier = self._linear_in(node)
@@ -61,19 +57,23 @@ class Terms:
             for other in node.all_input_nodes:
                 if other is not carrier:
                     self._readable(other)
-            return ("apply", node, carrier, kept)
+            return Copy(node, ((carrier, kept),))
         mixed = self._mixed_below(node)
         if mixed is not None:
-            raise Inseparable(Reason(
+            raise Undefined(Reason(
                 "post_norm_over_sum", f"{node.name} ({op_name(node)}) is not linear and takes routed and shared parts "
                 f"together (they meet in {mixed.name}), so the stream without the routed part is not defined",
                 node=node.name))
         return None
 
+    @staticmethod
+    def _shaped(recipe: Recipe, node: Node) -> Recipe:
+        return None if recipe is None else shaped(recipe, node)
+
     def _readable(self, node: Node) -> Node:
         late = [w for w in self.flow.writes_to(node) if self.flow.position[w] > self.flow.position[node]]
         if late:
-            raise Inseparable(Reason(
+            raise Undefined(Reason(
                 "overwritten", f"{late[0].name} writes into the memory of {node.name}, which the stream without the "
                 "routed part is made of", node=node.name))
         return node
@@ -90,7 +90,7 @@ class Terms:
         if name in {"view", "reshape", "contiguous", "flatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
                     "transpose", "permute", "detach"} | CASTS:
             return routed[0] if node.args[0] is routed[0] and self._same_size(node, routed[0]) else None
-        if name == "dropout" and not self._drops(node):
+        if name == "dropout":       # one mask for both: see recipe.Builder
             return routed[0]
         if name in {"mul", "imul"} or (name in {"div", "truediv", "itruediv"} and node.args[0] is routed[0]):
             return routed[0] if self._same_size(node, routed[0]) else None
@@ -100,12 +100,6 @@ class Terms:
         x, y = value_of(a), value_of(b)
         return isinstance(y, torch.Tensor) and y.is_floating_point() and \
             (x.numel() == y.numel() if _static(x) and _static(y) else x.dim() <= y.dim() + 1)
-
-    @staticmethod
-    def _drops(node: Node) -> bool:
-        p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-        return bool(p) and bool(training)
 
     def _mixed_below(self, node: Node) -> Node | None:
         """A place at or below ``node`` where a routed value meets another value of the branch as an equal.

@@ -46,7 +46,7 @@ def test_stream_and_blocks():
     states = blocks.stream.states
     assert len(states) == 5
     for update, before, after in zip(blocks.stream.updates, states, states[1:]):
-        assert update.before is before and update.add is after and update.reads
+        assert update.before is before and update.after is update.add is after
 
 
 def test_farskip_reads_the_partial_and_the_outdated_stream():
@@ -54,17 +54,18 @@ def test_farskip_reads_the_partial_and_the_outdated_stream():
     gm = traced(Program((MOE, MOE), 0).eval(), IDS)
     blocks = blocks_of(gm)
     first, second = blocks.layers
-    adds = [u.add for u in blocks.stream.updates]
+    states, adds = blocks.stream.states, [u.add for u in blocks.stream.updates]
+    readers = [set(s.users) - {a} for s, a in zip(states, adds)]
     before = [a.args for a in adds]
     nodes = len(gm.graph.nodes)
     result = rewire(gm.graph, blocks, connectivity=CONNECTIVITIES["farskip"], layers=(0, 1))
     # The program views its sum back to (batch, tokens, width), so the kept part needs that view too.
     assert (result.rewired, result.nodes_added, len(gm.graph.nodes)) == (2, 2, nodes + 2)
     assert [a.args for a in adds] == before
-    partial = next(n for n in gm.graph.nodes if n.meta.get("farskip", "").endswith("without what is in flight"))
-    assert partial.args[0] is first.mlp.update.before       # s1
-    assert set(partial.users) == set(second.attention.update.reads)
-    assert all(second.attention.update.before in u.all_input_nodes for u in second.mlp.update.reads)
+    partial = [n for n in gm.graph.nodes if n.meta.get("farskip", "").endswith("without what is in flight")][-1]
+    assert partial.args[0] is states[1]
+    assert set(partial.users) == readers[2]
+    assert all(states[2] in u.all_input_nodes for u in readers[3])
     FileCheck().check("embedding").check("scaled_dot_product").check("topk").check("scaled_dot_product") \
         .check("topk").run(gm.code)
 
@@ -79,9 +80,9 @@ def test_what_each_branch_depends_on(name, dependencies):
     blocks = blocks_of(gm)
     rewire(gm.graph, blocks, connectivity=CONNECTIVITIES[name], layers=(0, 1))
     flow, (first, second) = Dataflow(gm.graph), blocks.layers
-    assert (flow.depends(second.attention.update.contribution, first.mlp.update.contribution),
-            flow.depends(first.mlp.update.contribution, first.attention.update.contribution),
-            flow.depends(second.mlp.update.contribution, second.attention.update.contribution)) == dependencies
+    assert (flow.depends(second.attention.node, first.mlp.node),
+            flow.depends(first.mlp.node, first.attention.node),
+            flow.depends(second.mlp.node, second.attention.node)) == dependencies
 
 
 def test_skipping_two_blocks_is_one_function():
@@ -104,7 +105,7 @@ def test_an_unconverted_layer_is_never_missing():
     assert result.layers[2].attention_reads == "layer 1 output"
 
 
-class Refused(nn.Module):
+class Shaped(nn.Module):
     """Decoders that are not plain; ``how`` names the trait."""
 
     def __init__(self, how):
@@ -119,7 +120,7 @@ class Refused(nn.Module):
             elif self.how == "post-norm":
                 state = F.layer_norm(state + layer.attention(state), (8,))
                 state = F.layer_norm(state + layer.mlp(state), (8,))
-            elif self.how == "one branch":
+            elif self.how == "parallel at once":
                 state = state + (layer.attention(state) + layer.mlp(layer.ffn_input(state)))
             elif self.how == "scaled stream":
                 state = 0.5 * state + layer.attention(state)
@@ -128,17 +129,38 @@ class Refused(nn.Module):
                 state = state + layer.attention(state)
                 state = state + layer.attention(state)
                 state = state + layer.mlp(layer.ffn_input(state))
+            elif self.how == "one branch":      # attention and experts in a row, one addition for both
+                inner = layer.attention(state)
+                state = state + layer.mlp(layer.ffn_input(inner))
+            elif self.how == "two MoEs":
+                state = state + layer.attention(state)
+                state = state + layer.mlp(layer.ffn_input(state))
+                state = state + layer.mlp(layer.ffn_input(state))
         return self.program.head(state * self.program.final)
 
 
-@pytest.mark.parametrize("how, code", [
-    ("parallel", "parallel_block"), ("post-norm", "no_stream"), ("one branch", "parallel_block"),
-    ("scaled stream", "no_stream"), ("mixer twice", "not_alternating")])
-def test_what_is_not_plain_has_a_reason(how, code):
-    gm = traced(Refused(how).eval(), IDS)
+def found_in(how):
+    gm = traced(Shaped(how).eval(), IDS)
     normalize(gm.graph)
     stream = find_stream(gm.graph, busy=is_busy)
-    result = stream if isinstance(stream, NoStream) else detect(stream)
+    return stream if isinstance(stream, NoStream) else detect(stream)
+
+
+@pytest.mark.parametrize("how, kinds, origins", [
+    ("parallel", ["mixer moe", "mixer moe"], [0, 0, 2, 2]),
+    ("parallel at once", ["mixer moe", "mixer moe"], [0, 0, 1, 1]),
+    ("post-norm", ["mixer moe", "mixer moe"], [0, 1, 2, 3]),
+    ("scaled stream", ["mixer moe", "mixer moe"], [0, 1, 2, 3]),
+    ("mixer twice", ["mixer mixer moe", "mixer mixer moe"], [0, 1, 2, 3, 4, 5])])
+def test_streams_that_are_not_plain(how, kinds, origins):
+    blocks = found_in(how)
+    assert [" ".join(b.kind for b in layer.blocks) for layer in blocks.layers] == kinds
+    assert [b.contribution.origin for layer in blocks.layers for b in layer.blocks] == origins
+
+
+@pytest.mark.parametrize("how, code", [("one branch", "parallel_block"), ("two MoEs", "not_alternating")])
+def test_what_has_no_place_to_rewire_has_a_reason(how, code):
+    result = found_in(how)
     assert isinstance(result, (NoStream, NoBlocks)) and result.reason.code == code, result
 
 

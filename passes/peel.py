@@ -1,0 +1,114 @@
+"""What the update does to a contribution, peeled off: scale, cast, view, gate made from the stream.
+
+Contract: nothing is changed. ``peel`` walks from the operand of an addition down to the block's own output. A gate that
+is computed from the stream belongs to the update, one that is computed from the block's own (normed) input to the block.
+"""
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from .dataflow import Dataflow, op_name, value_of
+from .operations import CASTS
+from .sums import argument, is_float, sum_of
+from .trail import Step
+
+_VIEWS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
+          "alias", "transpose", "permute", "movedim", "swapaxes", "expand", "expand_as", "dropout", "identity"} | CASTS
+_CONVOLUTIONS = {"conv1d", "causal_conv1d", "convolution"}
+
+
+def peel(flow: Dataflow, step: Step, state: Node, busy: int, *, convolutions: bool) -> Node:
+    """The block's output below ``step.contribution``. ``convolutions``: every update of the stream convolves what it adds,
+    so that is the update's doing and not a mixer's."""
+    skip = flow.ancestors(step.skip) | flow.bit(step.skip)
+    between = ~flow.ancestors(state) & ~flow.bit(state)
+    node = step.contribution
+    while True:
+        below = _below(flow, node, state, skip, between, busy, convolutions)
+        if below is None or not flow.depends(below, state) and flow.depends(node, state):
+            return node
+        node = below
+
+
+def _below(flow, node: Node, state: Node, skip: int, between: int, busy: int, convolutions: bool) -> Node | None:
+    name = op_name(node)
+    first = argument(node, 0, "input", "self")
+    if name in _VIEWS or (name == "getitem" and convolutions and isinstance(first, Node) and is_float(value_of(first))):
+        return first if isinstance(first, Node) and is_float(value_of(first)) else None
+    if convolutions and name in _CONVOLUTIONS and argument(node, 2, "bias") is None:
+        return first
+    if name in ("mul", "div", "truediv"):
+        pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if name == "mul" else [])
+        found = [x for x, gate in pairs if isinstance(x, Node) and is_float(value_of(x))
+                 and _gates(flow, gate, x, state, skip, between, busy)]
+        return found[0] if len(found) == 1 else None
+    total = sum_of(node)
+    if total is not None and total.two_terms and convolutions and (below := _meet(total.first, total.rest[0])) is not None:
+        return below
+    if total is not None and total.two_terms:       # t * (b - s): the stream itself beside the contribution
+        for x, other in ((total.first, total.rest[0]), (total.rest[0], total.first)):
+            if other is state or flow.bit(other) & skip & between and flow.depends(other, state):
+                return x
+    return None
+
+
+def _gates(flow, gate, x: Node, state: Node, skip: int, between: int, busy: int) -> bool:
+    """Whether ``gate`` is a factor that the update puts on the contribution ``x``."""
+    if not isinstance(gate, Node):
+        return True
+    cone = (flow.ancestors(gate) | flow.bit(gate)) & between
+    if not flow.depends(gate, state) and gate is not state:
+        return not cone & busy and (flow.depends(x, state) or not is_float(value_of(gate)))
+    if cone & busy or gate is state:
+        return False
+    value = value_of(gate)
+    per_token = isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[-1], int) \
+        and value.shape[-1] == 1
+    content = (flow.ancestors(x) | flow.bit(x)) & between
+    if not per_token and not content & busy:        # two token-wise factors: a gated MLP, not a gate on one
+        return False
+    shared = flow.descendants(flow.bit(state), cone & content)
+    return not shared & ~skip
+
+
+def trailing_convolution(node: Node) -> bool:
+    """Whether a convolution is the last that happens to a contribution, possibly with a residual of its own."""
+    while True:
+        total = sum_of(node)
+        if op_name(node) in _CONVOLUTIONS or total is not None and total.two_terms and _meet(total.first, total.rest[0]):
+            return True
+        if op_name(node) not in _VIEWS | {"getitem", "mul"} or not node.args or not isinstance(node.args[0], Node):
+            return False
+        node = node.args[0]
+
+
+def _meet(left: Node, right: Node) -> Node | None:
+    """The value x of ``x + convolution(x)``, views and casts in between."""
+    chains, convolved = [], False
+    for node in (left, right):
+        chain = [node]
+        while op_name(node) in _VIEWS | _CONVOLUTIONS | {"getitem"} and node.args and isinstance(node.args[0], Node):
+            if op_name(node) in _CONVOLUTIONS and argument(node, 2, "bias") is not None:
+                break
+            convolved = convolved or op_name(node) in _CONVOLUTIONS
+            node = node.args[0]
+            chain.append(node)
+        chains.append(chain)
+    return next((n for n in chains[0] if n in chains[1]), None) if convolved else None
+
+
+def parallel_parts(flow: Dataflow, core: Node, state: Node, mixing: int, routing: int) -> list[Node]:
+    """``core`` as [attention, MLP] where it is their plain sum; otherwise [core]."""
+    total = sum_of(core)
+    if total is None or not total.two_terms:
+        return [core]
+    parts = [total.first, total.rest[0]]
+    above = ~flow.ancestors(state)
+    cones = [(flow.ancestors(p) | flow.bit(p)) & above for p in parts]
+    mixers = [p for p, cone in zip(parts, cones) if cone & mixing and not cone & routing]
+    if len(mixers) == 1 and all(flow.depends(p, state) for p in parts):
+        other = parts[1] if mixers[0] is parts[0] else parts[0]
+        if not cones[parts.index(other)] & mixing or cones[parts.index(other)] & routing:
+            return [mixers[0], other]
+    return [core]

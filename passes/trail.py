@@ -1,0 +1,183 @@
+"""The longest trail of residual additions through a graph.
+
+Contract: nothing is changed. Every tensor gets its trail: through how many updates it came, and by which operands; the
+longest one is returned step by step. Ties between reading an addition as an update or as a light operation go to the
+update.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.fx import Node
+
+from .dataflow import Dataflow, op_name, value_of
+from .operations import CASTS
+from .sums import Sum, argument, is_float, sum_of
+
+_SAME_ELEMENTS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
+                  "alias", "transpose", "permute", "movedim", "swapaxes", "detach", "dropout", "identity", "layer_norm",
+                  "rms_norm", "view_as", "reshape_as", "t"} | CASTS
+_SCALES = {"mul", "imul", "div", "truediv", "itruediv"}
+_MIXES_STREAMS = {"matmul", "bmm", "einsum", "__matmul__"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update of the stream."""
+    path: tuple[Node, ...]    # from the update before (or the first value) to the operand of this one
+    add: Node
+    total: Sum
+    skip: Node                # the operand that is the stream
+    contribution: Node        # the operand that is added to it
+
+
+class _Trail(NamedTuple):
+    length: int
+    root: Node                # first value of the whole trail
+    start: Node               # the update that it came through last, or the root
+    previous: Node | None
+    contribution: Node | None = None
+
+
+def longest_trail(flow: Dataflow, busy: int) -> list[Step]:
+    trails: dict[Node, _Trail] = {}
+    best = None
+    for node in flow.nodes:
+        value = value_of(node)
+        if not is_float(value) or value.dim() < 2:
+            continue
+        trail = _update(flow, node, trails) or _light(flow, node, trails, busy) or _Trail(0, node, node, None)
+        trails[node] = trail
+        if trail.contribution is not None and (best is None or trail.length >= trails[best].length):
+            best = node
+    steps = []
+    while best is not None and trails[best].length:
+        add, path, node = best, [], trails[best].previous
+        while True:
+            path.append(node)
+            if node is trails[node].start:
+                break
+            node = trails[node].previous
+        steps.append(Step(path=tuple(path[::-1]), add=add, total=sum_of(add), skip=trails[add].previous,
+                          contribution=trails[add].contribution))
+        best = path[-1]
+    return steps[::-1]
+
+
+def _update(flow: Dataflow, node: Node, trails: dict[Node, _Trail]) -> _Trail | None:
+    """``node`` as stream + contribution, whichever operand makes the longer trail."""
+    total = sum_of(node)
+    if total is None:
+        return None
+    readings = [(total.first, total.rest)]
+    if total.two_terms:
+        readings.append((total.rest[0], (total.first,)))
+    best = None
+    for skip, others in readings:
+        trail = trails.get(skip)
+        if trail is None or not _alike(value_of(skip), value_of(node)):
+            continue
+        if total.two_terms and not _alike(value_of(others[0]), value_of(node)):
+            continue
+        content = next((o for o in others if flow.depends(o, trail.root)), None)
+        if content is None or not _adds(flow, content, trail, trails):
+            continue
+        if best is None or trail.length + 1 > best.length:
+            best = _Trail(trail.length + 1, trail.root, node, skip, content)
+    return best
+
+
+def _adds(flow: Dataflow, content: Node, trail: _Trail, trails: dict[Node, _Trail]) -> bool:
+    """Whether ``content`` is more than the stream itself once again (x + 2 * x)."""
+    other = trails.get(content)
+    return other is None or other.start is not trail.start or other.root is not trail.root
+
+
+def _light(flow: Dataflow, node: Node, trails: dict[Node, _Trail], busy: int) -> _Trail | None:
+    """The longest trail that ``node`` carries on."""
+    best = None
+    for operand in _carried(flow, node, trails, busy):
+        trail = trails.get(operand)
+        if trail is not None and (best is None or trail.length > best.length):
+            best = _Trail(trail.length, trail.root, trail.start, operand)
+    return best
+
+
+def _carried(flow: Dataflow, node: Node, trails: dict[Node, _Trail], busy: int) -> list[Node]:
+    name = op_name(node)
+    first = argument(node, 0, "input", "self")
+    if name in _SAME_ELEMENTS:
+        return [first] if isinstance(first, Node) and first in trails else []
+    if name == "getitem" and isinstance(first, Node) and first in trails:
+        keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return [first] if all(k == slice(None) or k is Ellipsis for k in keys) else []
+    operands = [a for a in node.args if isinstance(a, Node)]
+    if name in _SCALES:
+        pairs = [(first, node.args[1])] if name not in ("mul", "imul") else [tuple(node.args[:2]), tuple(node.args[1::-1])]
+        return [x for x, gate in pairs if isinstance(x, Node) and x in trails and _alike(value_of(x), value_of(node))
+                and _is_gate(flow, gate, trails[x], busy)]
+    total = sum_of(node)
+    if total is not None and total.two_terms:
+        return [x for x, other in ((total.first, total.rest[0]), (total.rest[0], total.first))
+                if x in trails and _alike(value_of(x), value_of(node)) and _is_offset(flow, other, trails[x], trails, busy)]
+    if name in _MIXES_STREAMS and len(operands) == 2:
+        gate, x = operands
+        return [x] if x in trails and value_of(x).dim() >= 4 and _keeps_features(node, x) \
+            and _is_clean(flow, gate, trails[x], busy) else []
+    return []
+
+
+def _is_clean(flow: Dataflow, gate: Node, trail: _Trail, busy: int) -> bool:
+    """Nothing between the stream and ``gate`` mixes tokens or routes them."""
+    return not (flow.ancestors(gate) | flow.bit(gate)) & busy & ~flow.ancestors(trail.start)
+
+
+def _is_gate(flow: Dataflow, gate, trail: _Trail, busy: int) -> bool:
+    """A factor on the stream: a number, a weight, one value a token, or something that no linear map was needed for."""
+    if not isinstance(gate, Node) or not flow.depends(gate, trail.start):
+        return not isinstance(gate, Node) or _is_clean(flow, gate, trail, busy)
+    if not _is_clean(flow, gate, trail, busy):
+        return False
+    value = value_of(gate)
+    if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[-1], int) and value.shape[-1] == 1:
+        return True
+    between = flow.descendants(flow.bit(trail.start), flow.ancestors(gate) & ~flow.ancestors(trail.start))
+    return not any(op_name(n) in ("linear", "matmul", "mm", "addmm", "einsum", "bmm") for n in flow.members(between))
+
+
+def _is_offset(flow: Dataflow, other: Node, trail: _Trail, trails: dict[Node, _Trail], busy: int) -> bool:
+    """Something added to the stream that is no contribution: a mean that a norm subtracts, an embedding of positions,
+    the stream itself once again."""
+    known = trails.get(other)
+    if known is not None and known.start is trail.start and known.root is trail.root:
+        return True
+    if flow.depends(other, trail.start):
+        return _is_gate(flow, other, trail, busy) and not _alike(value_of(other), value_of(trail.start))
+    return trail.length > 0 and not flow.depends(other, trail.root) and not flow.depends(trail.root, other) \
+        and not any(flow.depends(trail.root, a) for a in ([known.root] if known else [])) \
+        and _is_clean(flow, other, trail, busy)
+
+
+def _keeps_features(node: Node, x: Node) -> bool:
+    """A product that mixes parallel streams and leaves their features alone: the last dimension is not contracted."""
+    if not _alike(value_of(node), value_of(x)):
+        return False
+    if op_name(node) != "einsum":
+        return node.args[1] is x
+    equation = node.args[0]
+    if not isinstance(equation, str) or "->" not in equation or node.args[-1] is not x:
+        return False
+    inputs, result = equation.replace(" ", "").split("->")
+    term = inputs.split(",")[-1]
+    return bool(result) and term[-1] == result[-1] and term[-1] not in inputs.split(",")[0]
+
+
+def _alike(x, y) -> bool:
+    """Same rank and same static sizes, floating point. Symbolic sizes are never compared."""
+    if not is_float(x) or not is_float(y) or x.dim() != y.dim() or x.dim() < 2:
+        return False
+    return all(p == q for p, q in zip(x.shape, y.shape) if isinstance(p, int) and isinstance(q, int))
+
+
