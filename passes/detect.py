@@ -18,7 +18,8 @@ Steps
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch.fx import Node
 
@@ -36,6 +37,7 @@ from .update import Undefined
 class Block:
     """One block of the stream: what adds one contribution."""
     kind: str                 # "mixer", "mlp" or "moe"
+    stream: Stream = field(repr=False)
     contribution: Contribution
     update: int               # index of the update that adds it
     routed: int = 0           # bit set of nodes that depend on the selection; 0 where kind is not "moe"
@@ -76,8 +78,12 @@ class Layer:
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     layers: tuple[Layer, ...]
-    stream: Stream
+    streams: tuple[Stream, ...]
     tail: tuple[Block, ...] = ()     # after the last layer; they read as the model has it
+
+    @property
+    def flow(self) -> Dataflow:
+        return self.streams[0].flow
 
     @property
     def moe_layers(self) -> int:
@@ -108,12 +114,15 @@ def _is_activation(flow: Dataflow, node: Node) -> bool:
         n.op == "placeholder" and is_float(value_of(n)) and value_of(n).dim() > 2 and not is_weight(n))))
 
 
-def detect(stream: Stream) -> Blocks | NoBlocks:
-    """Classify the blocks and group them into layers."""
-    blocks = [_classify(stream, i, contribution) for i, update in enumerate(stream.updates)
-              for contribution in update.contributions]
-    moe = sum(b.kind == "moe" for b in blocks)
-    for block in blocks:
+def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
+    """Classify the blocks and group them into layers, stream after stream.
+
+    A stream without experts beside one with experts (a vision tower) has no layers of its own here.
+    """
+    classified = [[_classify(stream, i, contribution) for i, update in enumerate(stream.updates)
+                   for contribution in update.contributions] for stream in streams]
+    moe = sum(b.kind == "moe" for blocks in classified for b in blocks)
+    for block in (b for blocks in classified for b in blocks):
         if block.kind == "both":
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "parallel_block", f"{_where(block)} computes attention and routed experts in one branch (a parallel "
@@ -122,7 +131,18 @@ def detect(stream: Stream) -> Blocks | NoBlocks:
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "no_router", f"{_where(block)} has stacked or repeated expert weights, but no router that chooses among "
                 "them was found in this branch", node=block.node.name))
-    return _group(stream, _mixer_first(blocks), moe)
+    if moe:
+        classified = [blocks for blocks in classified if any(b.kind == "moe" for b in blocks)]
+    else:
+        classified = [max(classified, key=len)]
+    layers, tail = [], []
+    for blocks in classified:
+        found = _group(_mixer_first(blocks), len(layers), moe)
+        if isinstance(found, NoBlocks):
+            return found
+        layers += found[0]
+        tail += found[1]
+    return Blocks(layers=tuple(layers), streams=tuple(streams), tail=tuple(tail))
 
 
 def _mixer_first(blocks: list[Block]) -> list[Block]:
@@ -134,7 +154,8 @@ def _mixer_first(blocks: list[Block]) -> list[Block]:
     return ordered
 
 
-def _group(stream: Stream, blocks: list[Block], moe: int) -> Blocks | NoBlocks:
+def _group(blocks: list[Block], start: int, moe: int) -> tuple[list[Layer], list[Block]] | NoBlocks:
+    """(layers, blocks after the last one); ``start`` is the index of the first layer."""
     layers, waiting, i = [], [], 0
     if not any(b.kind == "mixer" for b in blocks):
         return NoBlocks(moe=moe, reason=Reason(
@@ -154,12 +175,12 @@ def _group(stream: Stream, blocks: list[Block], moe: int) -> Blocks | NoBlocks:
         if end < 0 or not others:
             waiting += mixers + others
             continue
-        layers.append(Layer(index=len(layers), blocks=(*waiting, *mixers, *others[:end + 1])))
+        layers.append(Layer(index=start + len(layers), blocks=(*waiting, *mixers, *others[:end + 1])))
         waiting = others[end + 1:]
     if not layers:
         return NoBlocks(moe=moe, reason=Reason(
             "not_alternating", f"no MLP or MoE follows the {len(blocks)} token mixers of this model"))
-    return Blocks(layers=tuple(layers), stream=stream, tail=tuple(waiting))
+    return layers, waiting
 
 
 def _while(blocks: list[Block], mixer: bool):
@@ -175,7 +196,7 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
     flow, branch = stream.flow, contribution.branch
     before = stream.states[contribution.origin]
     nodes = flow.members(branch)
-    common = dict(contribution=contribution, update=index, label=_label(contribution.node))
+    common = dict(stream=stream, contribution=contribution, update=index, label=_label(contribution.node))
     attention = next((n for n in nodes if op_name(n) in ATTENTION), None)
     exchange = next((n for n in nodes if n.op == "call_function" and op_name(n) in EXCHANGES), None)
     routers = {n: linear for n in nodes if op_name(n) in SELECTORS and chooses(n)

@@ -21,7 +21,7 @@ Steps
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -70,22 +70,67 @@ class NoStream:
     length: int              # updates in the longest trail, 0 where there is none: a graph of the loss, say
 
 
-def find_stream(graph: Graph, *, busy: Busy) -> Stream | NoStream:
-    """Find the stream. ``busy`` says which nodes belong into a branch: "mixes" tokens, "routes" them, or ""."""
+def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
+    """Find the residual streams, in graph order: nearly always one; an encoder or a vision tower has one of its own.
+
+    Args:
+        busy: says which nodes belong into a branch: "mixes" tokens, "routes" them, or "".
+    """
     flow = Dataflow(graph)
     output = flow.nodes[-1]
     kinds = {node: kind for node in flow.nodes if (kind := busy(flow, node))}
-    steps = longest_trail(flow, flow.mask(kinds))
-    if len(steps) < 2:
-        return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
-                        length=len(steps))
-    states = _states(flow, steps, output)
-    updates = _updates(flow, steps, states, kinds)
-    for reason in (_overwritten(flow, updates), _ends_in_head(updates[-1].after, output),
-                   _begins_at_embedding(flow, states[0]), _gap(flow, updates, kinds, output)):
+    streams, covered, longest = [], 0, 0
+    while True:
+        steps = longest_trail(flow, flow.mask(kinds), taken=covered)
+        longest = max(longest, len(steps))
+        if len(steps) < 2:
+            break
+        stream = Stream(updates=tuple(_updates(flow, steps, _states(flow, steps, output), kinds)), flow=flow)
+        reason = _unfit(stream, output)
+        if reason is not None and not streams:
+            return NoStream(reason=reason, length=longest)
         if reason is not None:
-            return NoStream(reason=reason, length=len(steps))
-    return Stream(updates=tuple(updates), flow=flow)
+            break
+        streams.append(stream)
+        for update in stream.updates:
+            covered |= update.nodes | flow.bit(update.before)
+        if _stray(flow, covered, kinds, output) is None:
+            break
+    if not streams:
+        return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
+                        length=longest)
+    stray = _stray(flow, covered, kinds, output)
+    if stray is not None:
+        return NoStream(length=longest, reason=Reason(
+            "gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
+            f"{sum(len(s.updates) for s in streams)} residual additions that were found are not the whole model",
+            node=stray.name))
+    streams.sort(key=lambda s: flow.position[s.states[0]])
+    broken = _in_series(flow, streams)
+    if broken is not None:
+        return NoStream(reason=broken, length=longest)
+    return tuple(streams)
+
+
+def _unfit(stream: Stream, output: Node) -> Reason | None:
+    for reason in (_overwritten(stream.flow, stream.updates), _ends_in_head(stream.states[-1], output),
+                   _begins_at_embedding(stream.flow, stream.states[0])):
+        if reason is not None:
+            return reason
+    return None
+
+
+def _in_series(flow: Dataflow, streams: list[Stream]) -> Reason | None:
+    """A stream that only continues another one is the rest of a chain with a gap."""
+    for i, later in enumerate(streams):
+        first = later.states[0]
+        for earlier in streams[:i]:
+            last = earlier.states[-1]
+            own = (flow.ancestors(first) | flow.bit(first)) & ~flow.ancestors(last)
+            if flow.depends(first, earlier.states[1]) and not own & flow.marked("begins", _begins):
+                return Reason("gap", f"the residual stream is broken between {last.name} and {first.name}: what lies "
+                              "between is no addition", node=first.name)
+    return None
 
 
 def _states(flow: Dataflow, steps: list[Step], output: Node) -> list[Node]:
@@ -134,7 +179,7 @@ def _branch(flow: Dataflow, core: Node, states: list[Node], index: int) -> tuple
     return origin, flow.descendants(flow.bit(states[origin]), above)
 
 
-def _overwritten(flow: Dataflow, updates: list[Update]) -> Reason | None:
+def _overwritten(flow: Dataflow, updates: Sequence[Update]) -> Reason | None:
     for update in updates:
         for node in (update.before, *(c.node for c in update.contributions), update.add, update.after):
             late = [w for w in flow.writes_to(node) if flow.position[w] > flow.position[node]]
@@ -152,24 +197,17 @@ def _ends_in_head(last: Node, output: Node) -> Reason | None:
 
 
 def _begins_at_embedding(flow: Dataflow, first: Node) -> Reason | None:
-    above = [*flow.members(flow.ancestors(first)), first]
-    if any(op_name(n) == "embedding" or n.op == "placeholder" and _is_activation(n) for n in above):
+    if (flow.ancestors(first) | flow.bit(first)) & flow.marked("begins", _begins):
         return None
     return Reason("fragment", f"{first.name}, where the residual stream begins, comes neither from an embedding nor "
                   "from an argument of the model", node=first.name)
 
 
-def _gap(flow: Dataflow, updates: list[Update], kinds: dict[Node, str], output: Node) -> Reason | None:
-    covered = 0
-    for update in updates:
-        covered |= update.nodes
+def _begins(node: Node) -> bool:
+    """An embedding, or hidden states that are an argument."""
+    return op_name(node) == "embedding" or node.op == "placeholder" and is_float(value_of(node)) and not is_weight(node)
+
+
+def _stray(flow: Dataflow, covered: int, kinds: dict[Node, str], output: Node) -> Node | None:
     outside = flow.ancestors(output) & ~covered
-    stray = next((n for n in kinds if flow.bit(n) & outside), None)
-    if stray is None:
-        return None
-    return Reason("gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
-                  f"{len(updates)} residual additions that were found are not the whole model", node=stray.name)
-
-
-def _is_activation(node: Node) -> bool:
-    return is_float(value_of(node)) and not is_weight(node)
+    return next((n for n in kinds if flow.bit(n) & outside), None)

@@ -28,6 +28,7 @@ from .dataflow import Dataflow, op_name, value_inputs, written_arguments
 from .detect import Block, Blocks, Layer
 from .reasons import Reason
 from .recipe import Builder, ContractBroken, Copy, Recipe, drops
+from .residual import Stream
 from .terms import Terms
 from .update import Undefined, evaluate
 
@@ -106,7 +107,8 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Seque
 
 
 def _reads(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
-    reads = connectivity(blocks.layers[index], blocks.layers[:index])
+    layer = blocks.layers[index]
+    reads = connectivity(layer, [e for e in blocks.layers[:index] if e.mlp.stream is layer.mlp.stream])
     seen = [tuple(m for m in side if m.layer in converted and _block(blocks, m) is not None)
             for side in (reads.attention, reads.mlp)]
     return Reads(attention=seen[0], mlp=seen[1])
@@ -138,24 +140,24 @@ def _plan(blocks: Blocks, layer: Layer, reads: Reads) -> list[_Redirect]:
 
 
 def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redirect | None:
-    stream = blocks.stream
+    stream = block.stream
     origin = block.contribution.origin
-    hidden = tuple((b, m.part) for m in missing if (b := _block(blocks, m)) is not block and b.update < origin)
-    value = _without(blocks, origin, hidden)
+    hidden = tuple((b, m.part) for m in missing if (b := _block(blocks, m)) is not block and b.update < origin and b.stream is stream)
+    value = _without(stream, origin, hidden)
     state = stream.states[origin]
     if not hidden or value is state:
         return None
     _sees_no_other(blocks, block, hidden)
-    return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=_shared(blocks, block))
+    return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=_shared(block))
 
 
-def _without(blocks: Blocks, position: int, hidden: tuple[tuple[Block, str], ...]) -> Recipe:
+def _without(stream: Stream, position: int, hidden: tuple[tuple[Block, str], ...]) -> Recipe:
     """State ``position`` without the hidden contributions."""
-    state = blocks.stream.states[position]
+    state = stream.states[position]
     if not any(block.update < position for block, _ in hidden):
         return state
-    flow, update = blocks.stream.flow, blocks.stream.updates[position - 1]
-    base = _without(blocks, position - 1, hidden)
+    flow, update = stream.flow, stream.updates[position - 1]
+    base = _without(stream, position - 1, hidden)
     here = {block.node: (block, part) for block, part in hidden if block.update == position - 1}
     if len(here) == len(update.contributions) and all(part == "all" for _, part in here.values()):
         return base
@@ -172,9 +174,9 @@ def _kept(flow: Dataflow, block: Block) -> Recipe:
     return Terms(flow=flow, routed=block.routed, routers=block.routers).kept(block.node)
 
 
-def _shared(blocks: Blocks, block: Block) -> tuple[Node, ...]:
+def _shared(block: Block) -> tuple[Node, ...]:
     """What the block's branch has in common with the stream's own path and with parallel blocks: a norm, say."""
-    stream, flow = blocks.stream, blocks.stream.flow
+    stream, flow = block.stream, block.stream.flow
     others = 0
     for index, update in enumerate(stream.updates):
         if index < block.contribution.origin:
@@ -214,10 +216,10 @@ def _of_update(flow: Dataflow, update) -> int:
 
 def _sees_no_other(blocks: Blocks, block: Block, hidden) -> None:
     """The block takes in hidden contributions by no other way than the state that it reads."""
-    state = blocks.stream.states[block.contribution.origin]
+    state = block.stream.states[block.contribution.origin]
     seen = _upstream(blocks, block, stop=state) - {state}
     for other, part in hidden:
-        update = blocks.stream.updates[other.update]
+        update = other.stream.updates[other.update]
         if update.add in seen or part == "all" and other.node in seen:
             raise Undefined(Reason(
                 "reads_two_states", f"{block.label or block.node.name} reads the residual stream at two places, and one of "
@@ -227,7 +229,7 @@ def _sees_no_other(blocks: Blocks, block: Block, hidden) -> None:
 # --- the change -------------------------------------------------------------------------------------------------
 
 def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect) -> int:
-    flow, state = blocks.stream.flow, redirect.state
+    flow, state = blocks.flow, redirect.state
     # Everything a read is made of lies before the state that it replaces; and gradients are on there if anywhere.
     value = builder.realize(redirect.value, state.next, f"{state.name} without what is in flight")
     swaps: dict[Node, Node] = {state: value}
@@ -254,7 +256,7 @@ def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
     for redirect in redirects:
         seen = _upstream(blocks, redirect.block, stop=None)
         for other, part in redirect.hidden:
-            update = blocks.stream.updates[other.update]
+            update = other.stream.updates[other.update]
             if update.add in seen or part == "all" and other.node in seen:
                 raise ContractBroken(
                     f"{redirect.block.label or redirect.block.node.name} still reads {other.node.name}, which it may not "
@@ -263,8 +265,8 @@ def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
 
 def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
     """What ``block`` is computed from; nodes of other branches and ``stop`` are reached, but not passed."""
-    flow, others = blocks.stream.flow, 0
-    for update in blocks.stream.updates:
+    flow, others = blocks.flow, 0
+    for update in (u for stream in blocks.streams for u in stream.updates):
         for contribution in update.contributions:
             others |= contribution.branch if contribution.node is not block.node else 0
     others &= ~block.contribution.branch

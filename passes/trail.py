@@ -41,12 +41,13 @@ class _Trail(NamedTuple):
     contribution: Node | None = None
 
 
-def longest_trail(flow: Dataflow, busy: int) -> list[Step]:
+def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
+    """``taken``: nodes that belong to another stream."""
     trails: dict[Node, _Trail] = {}
     best = None
     for node in flow.nodes:
         value = value_of(node)
-        if not is_float(value) or value.dim() < 2:
+        if not is_float(value) or value.dim() < 2 or flow.bit(node) & taken:
             continue
         trail = _update(flow, node, trails) or _light(flow, node, trails, busy) or _Trail(0, node, node, None)
         trails[node] = trail

@@ -12,7 +12,7 @@ from farskip_fx.connectivity import CONNECTIVITIES
 from farskip_fx.passes.dataflow import Dataflow
 from farskip_fx.passes.detect import NoBlocks, detect, is_busy
 from farskip_fx.passes.normalize import normalize
-from farskip_fx.passes.residual import NoStream, find_stream
+from farskip_fx.passes.residual import NoStream, find_streams
 from farskip_fx.passes.rewire import Missing, Reads, rewire
 from programs import LayerSpec, Program
 
@@ -35,7 +35,7 @@ def traced(model, *inputs):
 
 def blocks_of(gm):
     normalize(gm.graph)
-    return detect(find_stream(gm.graph, busy=is_busy))
+    return detect(find_streams(gm.graph, busy=is_busy))
 
 
 def test_stream_and_blocks():
@@ -43,9 +43,9 @@ def test_stream_and_blocks():
     assert [(layer.attention.kind, layer.mlp.kind, layer.mlp.shared) for layer in blocks.layers] == [
         ("mixer", "moe", True), ("mixer", "mlp", False)]
     assert "topk" in blocks.layers[0].mlp.evidence and blocks.layers[0].mlp.label == "layers.0.mlp"
-    states = blocks.stream.states
+    states = blocks.streams[0].states
     assert len(states) == 5
-    for update, before, after in zip(blocks.stream.updates, states, states[1:]):
+    for update, before, after in zip(blocks.streams[0].updates, states, states[1:]):
         assert update.before is before and update.after is update.add is after
 
 
@@ -54,7 +54,7 @@ def test_farskip_reads_the_partial_and_the_outdated_stream():
     gm = traced(Program((MOE, MOE), 0).eval(), IDS)
     blocks = blocks_of(gm)
     first, second = blocks.layers
-    states, adds = blocks.stream.states, [u.add for u in blocks.stream.updates]
+    states, adds = blocks.streams[0].states, [u.add for u in blocks.streams[0].updates]
     readers = [set(s.users) - {a} for s, a in zip(states, adds)]
     before = [a.args for a in adds]
     nodes = len(gm.graph.nodes)
@@ -142,7 +142,7 @@ class Shaped(nn.Module):
 def found_in(how):
     gm = traced(Shaped(how).eval(), IDS)
     normalize(gm.graph)
-    stream = find_stream(gm.graph, busy=is_busy)
+    stream = find_streams(gm.graph, busy=is_busy)
     return stream if isinstance(stream, NoStream) else detect(stream)
 
 
