@@ -1,6 +1,7 @@
 """farskip_fx: FarSkip connectivity for Mixture-of-Experts models, as a torch.compile graph transformation."""
 from .backend import farskip_backend
 from .config import FarskipConfig
+from .connectivity import register_connectivity
 from .convert import apply, farskip, remove
 from .errors import (ConfigError, FarskipError, FarskipWarning, NoMoEError, RefusedError, SplitModelError,
                      WrongConnectivityError)
@@ -8,9 +9,11 @@ from .errors import (ConfigError, FarskipError, FarskipWarning, NoMoEError, Refu
 from .expert_parallel import expert_parallel, expert_parameters, full_state_dict, gather_experts, load_full_state_dict
 from .passes.costs import Rates
 from .report import Report, last_reports
+from .verify import Verification, verify
 
 __all__ = [
     "ConfigError", "FarskipConfig", "FarskipError", "FarskipWarning", "NoMoEError", "Rates", "RefusedError", "Report",
-    "SplitModelError", "WrongConnectivityError", "apply", "expert_parallel", "expert_parameters", "farskip",
-    "farskip_backend", "full_state_dict", "gather_experts", "last_reports", "load_full_state_dict", "remove",
+    "SplitModelError", "Verification", "WrongConnectivityError", "apply", "expert_parallel", "expert_parameters", "farskip",
+    "farskip_backend", "full_state_dict", "gather_experts", "last_reports", "load_full_state_dict",
+    "register_connectivity", "remove", "verify",
 ]

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from torch.fx import GraphModule
 
 from . import frame, inner, marker
-from .config import FarskipConfig
-from .connectivity import CONNECTIVITIES
+from .config import FarskipConfig, merge
+from .connectivity import DENSE, ask
 from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError
 from .passes.dataflow import op_name
 from .passes.detect import NoBlocks, detect, is_busy
 from .passes.normalize import normalize
 from .passes.reasons import Reason
-from .passes.residual import NoStream, find_stream
+from .passes.residual import NoStream, find_streams
 from .passes.rewire import rewire
 from .passes.split import split_attention
 from .report import Report, record
@@ -50,7 +50,7 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     config = _settle(options, marked, where.saved)
     report = Report(graph=where.name, config=config, marked=marked is not None, nodes=len(gm.graph.nodes))
     record(report)
-    if config.connectivity != "none":
+    if config.names:
         _rewire(gm, config, report, where)
         gm.recompile()
     return inner.compile(gm, example_inputs, config=config, mode=mode, report=report)
@@ -60,28 +60,31 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
     with _timed(report, "normalize"):
         report.functionalized = normalize(gm.graph).functionalized
     with _timed(report, "residual"):
-        stream = find_stream(gm.graph, busy=is_busy)
-    if isinstance(stream, NoStream):
-        return _leave(report, where, gm, stream.reason, part=stream.length > 0)
-    fragment = _fragment(stream, where)
+        streams = find_streams(gm.graph, busy=is_busy)
+    if isinstance(streams, NoStream):
+        return _leave(report, where, gm, streams.reason, part=streams.length > 0)
+    fragment = _fragment(streams[0], where)
     if fragment is not None:
         return _leave(report, where, gm, fragment, part=True)
     with _timed(report, "detect"):
-        blocks = detect(stream)
+        blocks = detect(streams)
     if isinstance(blocks, NoBlocks):
         return _leave(report, where, gm, blocks.reason, part=True)
-    if not blocks.moe_layers and config.connectivity != "ladder":
+    count = len(blocks.layers)
+    if not blocks.moe_layers and (sparse := sorted(config.names - DENSE)):
         return _leave(report, where, gm, Reason(
-            "no_moe", f"none of the {len(blocks.layers)} layers has a router and experts; connectivity "
-            f"{config.connectivity!r} hides the exchanges of MoE blocks (a dense model can use 'ladder')"), part=True)
+            "no_moe", f"none of the {count} layers has a router and experts; connectivity "
+            f"{', '.join(map(repr, sparse))} hides the exchanges of MoE blocks (a dense model can use 'ladder', or one "
+            "of your own that is registered with dense=True)"), part=True)
+    names = config.of_layers(count)
     with _timed(report, "rewire"):
-        result = rewire(gm.graph, blocks, connectivity=CONNECTIVITIES[config.connectivity],
-                        layers=config.indices(len(blocks.layers)))
+        result = rewire(gm.graph, blocks, layers=config.indices(count),
+                        connectivity=lambda layer, earlier: ask(names[layer.index], layer, earlier))
     report.rewired = result
     if config.overlap and config.inner != "eager":
         with _timed(report, "split"):
             calls = [node for layer, done in zip(blocks.layers, result.layers) if done.rewired and layer.mlp.exchange
-                     for node in stream.flow.members(layer.attention.update.branch)]
+                     for block in layer.leading for node in blocks.flow.members(block.contribution.branch)]
             report.split = split_attention(gm.graph, calls, parts=config.attention_parts).calls
     if result.refused:
         text = "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in result.refused)
@@ -100,12 +103,12 @@ def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, 
     if report.marked and not found:
         _refuse(config, SplitModelError, f"graph {where.name!r} has the input of a converted model and none of its layers "
                 f"({reason}): they would run with their original connectivity. Remove what breaks the graph or keeps the "
-                "layers out of it (run with TORCH_LOGS=graph_breaks), or pass strict=False")
+                "layers out of it (run with TORCH_LOGS=graph_breaks), or pass strict=False" + where.hint)
     elif broken or reason.code == "fragment":
         _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). Decoder "
                 "layers would be missing from the rewiring. Remove the graph break (run with "
                 "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, turn gradient "
-                "checkpointing off, or pass strict=False to run the original connectivity")
+                "checkpointing off, or pass strict=False to run the original connectivity" + where.hint)
     elif reason.code == "no_moe" or reason.code == "no_stream" and not found & _ROUTES:
         _refuse(config, NoMoEError, f"no MoE found in {where.name!r}: {reason}. Compile a model with "
                 "mixture-of-experts layers, use connectivity='none', or pass strict=False to leave it as it is")
@@ -126,16 +129,18 @@ def _settle(options: dict | None, marked: FarskipConfig | None, saved: dict | No
         agree(options or {}, marked.saved(), "the configuration given to farskip_fx.apply")
         return marked
     agree(options or {}, saved, "the checkpoint (config.farskip)")
-    return FarskipConfig.from_dict({**(saved or {}), **(options or {})})
+    return FarskipConfig.from_dict(merge(saved, options or {}))
 
 
 def agree(options: dict, saved: dict | None, what: str) -> None:
     """Raise where ``options`` contradict what the model was converted with."""
     if saved is None:
         return
-    given = FarskipConfig.from_dict({**saved, **options}).saved()
-    known = FarskipConfig.from_dict(saved).saved()
-    for key, value in known.items():
+    given, known = FarskipConfig.from_dict(merge(saved, options)), FarskipConfig.from_dict(saved)
+    if given.meaning() == known.meaning():
+        return
+    given = given.saved()
+    for key, value in known.saved().items():
         if given[key] != value:
             raise ConfigError(f"option {key}={given[key]!r} disagrees with {what}, which says {value!r}. Leave the "
                               "option out, or undo the conversion with farskip_fx.remove(model) first")

@@ -6,10 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .connectivity import CONNECTIVITIES
+from .connectivity import CONNECTIVITIES, known_names
 from .errors import ConfigError
 from .passes.costs import Rates
+from .per_layer import PerLayer, Runs, runs_of
 
+# Of the fields. A release that does not know a value of one (a connectivity for each layer, a registered name) refuses
+# it, so a new kind of value needs no new version; a field that it would ignore, or read as something else, does.
 VERSION = 1
 _COSTS = ("analytic",)
 _INNER = ("inductor", "aot_eager", "eager")
@@ -20,9 +23,12 @@ class FarskipConfig:
     """Options of a conversion.
 
     Args:
-        connectivity: a name in ``farskip_fx.connectivity.CONNECTIVITIES``.
+        connectivity: a name in ``farskip_fx.connectivity.CONNECTIVITIES`` (your own ones too, see
+            ``register_connectivity``), or a name for each layer: ``{"0-3": "none", "4-": "farskip", "12":
+            "attn_only"}``, where a single index wins over a range and a layer that no key names is "none". Kept as a
+            ``PerLayer``.
         layers: ``"all"``, decoder layer indices (list, tuple or range), or ``"last:SHARE"``: the last SHARE (0 to 1)
-            of the layers, rounded to whole layers.
+            of the layers, rounded to whole layers. With a connectivity for each layer only ``"all"``.
         overlap: reorder collectives so that they run behind compute, and hold that order in Inductor.
         costs: ``"analytic"``: costs from formulas and ``rates``.
         inner: what compiles the rewired graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
@@ -35,7 +41,7 @@ class FarskipConfig:
     Raises:
         ConfigError: a field has a value that it cannot have.
     """
-    connectivity: str = "farskip"
+    connectivity: str | PerLayer = "farskip"
     layers: str | tuple[int, ...] = "all"
     overlap: bool = True
     costs: str = "analytic"
@@ -46,7 +52,10 @@ class FarskipConfig:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        _one_of("connectivity", self.connectivity, CONNECTIVITIES)
+        if isinstance(self.connectivity, Mapping):
+            object.__setattr__(self, "connectivity", PerLayer.of(self.connectivity))
+        elif not isinstance(self.connectivity, str) or self.connectivity not in CONNECTIVITIES:
+            raise ConfigError(known_names(self.connectivity))
         _one_of("costs", self.costs, _COSTS)
         _one_of("inner", self.inner, _INNER)
         for name in ("overlap", "strict"):
@@ -58,6 +67,9 @@ class FarskipConfig:
             raise ConfigError(f"version {self.version!r} of the farskip configuration; this release of farskip_fx "
                               f"reads version {VERSION}: install the release that wrote it, or convert again")
         object.__setattr__(self, "layers", _layers(self.layers))
+        if isinstance(self.connectivity, PerLayer) and self.layers != "all":
+            raise ConfigError(f"layers={self.layers!r} cannot be combined with a connectivity for each layer; write "
+                              f"the layers into its keys ({self.connectivity!r}) and leave layers out")
         if isinstance(self.rates, Mapping):
             object.__setattr__(self, "rates", _rates(self.rates))
         elif self.rates is not None and not isinstance(self.rates, Rates):
@@ -81,6 +93,7 @@ class FarskipConfig:
 
     def to_dict(self) -> dict:
         data = dataclasses.asdict(self)
+        data["connectivity"] = dict(self.connectivity) if isinstance(self.connectivity, PerLayer) else self.connectivity
         data["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
         return data
 
@@ -92,8 +105,36 @@ class FarskipConfig:
         data = self.to_dict()
         return {key: data[key] for key in ("version", "connectivity", "layers")}
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The connectivities that change something: all in use but "none"."""
+        if isinstance(self.connectivity, PerLayer):
+            return self.connectivity.names
+        return frozenset({self.connectivity} - {"none"})
+
+    def meaning(self) -> tuple[str, Runs]:
+        """What the conversion is, apart from its spelling: equal for two configurations that convert the same layers
+        in the same way. ``"last:SHARE"`` stays as it is, because the number of layers is not known here."""
+        if isinstance(self.connectivity, PerLayer):
+            return "", self.connectivity.runs
+        indices, share = (None, self.layers) if isinstance(self.layers, str) else (self.layers, "all")
+        return share if self.names and share != "all" else "", runs_of(self.connectivity, indices)
+
+    def of_layers(self, count: int) -> tuple[str, ...]:
+        """The connectivity of each of ``count`` decoder layers; "none" for those that are not converted.
+
+        Raises:
+            ConfigError: a layer was named that the model does not have.
+        """
+        if isinstance(self.connectivity, PerLayer):
+            return self.connectivity.of_layers(count)
+        converted = self.indices(count)
+        return tuple(self.connectivity if i in converted else "none" for i in range(count))
+
     def indices(self, count: int) -> frozenset[int]:
         """Decoder layer indices to convert, of ``count``."""
+        if isinstance(self.connectivity, PerLayer):
+            return frozenset(i for i, name in enumerate(self.of_layers(count)) if name != "none")
         if self.layers == "all":
             return frozenset(range(count))
         if isinstance(self.layers, str):
@@ -104,6 +145,14 @@ class FarskipConfig:
             raise ConfigError(f"layers {outside} requested, but the model has {count} decoder layers "
                               f"(0 to {count - 1})")
         return frozenset(self.layers)
+
+
+def merge(saved: Mapping | None, options: Mapping) -> dict:
+    """``options`` on top of what a checkpoint kept; a connectivity for each layer replaces the checkpoint's layers."""
+    merged = {**(saved or {}), **options}
+    if isinstance(options.get("connectivity"), Mapping) and "layers" not in options:
+        merged.pop("layers", None)
+    return merged
 
 
 def _one_of(field: str, value, known) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .backend import agree, farskip_backend
-from .config import FarskipConfig
+from .config import FarskipConfig, merge
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
 from .marker import mark
 
@@ -76,7 +76,7 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     settings = [c for c in (getattr(model, "config", None), getattr(owner, "config", None)) if c is not None]
     saved = next((c.farskip for c in settings if getattr(c, "farskip", None) is not None), None)
     agree(given, saved, "the checkpoint (config.farskip)")
-    chosen = FarskipConfig.from_dict({**(saved or {}), **given})
+    chosen = FarskipConfig.from_dict(merge(saved, given))
     owner.forward = Converted(owner.forward, chosen, dynamic=dynamic)
     for holder in settings:
         holder.farskip = chosen.saved()

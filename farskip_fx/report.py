@@ -50,7 +50,11 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.summary()]
+        # One name for all stands in the first line already.
+        each = () if isinstance(self.config.connectivity, str) else self.config.of_layers(len(self.layers))
         for layer in self.layers:
+            if each:
+                lines.append(f"  layer {layer.index}: connectivity {each[layer.index]}")
             if layer.reason is not None:
                 lines.append(f"  layer {layer.index} {layer.kind}: refused: {layer.reason}")
                 continue
