@@ -81,21 +81,7 @@ class Rewired:
 def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
            layers: Collection[int]) -> Rewired:
     """Apply ``connectivity`` to ``layers`` (indices of decoder layers)."""
-    refused: dict[int, Reason] = {}
-    while True:
-        converted = {layer.index for layer in blocks.layers if layer.index in layers} - set(refused)
-        reads = {i: _reads(blocks, i, connectivity, converted) for i in converted}
-        plan, bad = {}, {}
-        for i in sorted(reads):
-            try:
-                plan[i] = _plan(blocks, blocks.layers[i], reads[i])
-            except Undefined as stop:
-                # Only the first is certain: refusing it may make the next one's read plain.
-                bad = {i: stop.reason}
-                break
-        if not bad:
-            break
-        refused.update(bad)
+    reads, plan, refused = _decide(blocks, connectivity, layers)
     builder, edges = Builder(graph), 0
     for redirect in (r for i in sorted(plan) for r in plan[i]):
         edges += _redirect(builder, blocks, redirect)
@@ -104,6 +90,29 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Seque
     reports = tuple(_report(layer, reads.get(layer.index), plan.get(layer.index, ()), layers, refused.get(layer.index))
                     for layer in blocks.layers)
     return Rewired(layers=reports, edges=edges, nodes_added=builder.added)
+
+
+def hidden_from(blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
+                layers: Collection[int]) -> dict[Node, tuple[tuple[Block, str], ...]]:
+    """What ``rewire`` would hide, by the node of the contribution of the block that it is hidden from; for checks."""
+    _, plan, _ = _decide(blocks, connectivity, layers)
+    return {redirect.block.node: redirect.hidden for redirects in plan.values() for redirect in redirects}
+
+
+def _decide(blocks: Blocks, connectivity, layers: Collection[int]):
+    """(what each converted layer may not see, the redirects that this takes, refusals), by layer index."""
+    refused: dict[int, Reason] = {}
+    while True:
+        converted = {layer.index for layer in blocks.layers if layer.index in layers} - set(refused)
+        reads = {i: _reads(blocks, i, connectivity, converted) for i in converted}
+        plan: dict[int, list[_Redirect]] = {}
+        try:
+            for i in sorted(reads):
+                plan[i] = _plan(blocks, blocks.layers[i], reads[i])
+            return reads, plan, refused
+        except Undefined as stop:
+            # Only the first is certain: refusing it may make the next one's read plain.
+            refused[i] = stop.reason
 
 
 def _reads(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
@@ -148,7 +157,7 @@ def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redire
     if not hidden or value is state:
         return None
     _sees_no_other(blocks, block, hidden)
-    return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=_shared(block))
+    return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=shared_nodes(block))
 
 
 def _without(stream: Stream, position: int, hidden: tuple[tuple[Block, str], ...]) -> Recipe:
@@ -174,7 +183,7 @@ def _kept(flow: Dataflow, block: Block) -> Recipe:
     return Terms(flow=flow, routed=block.routed, routers=block.routers).kept(block.node)
 
 
-def _shared(block: Block) -> tuple[Node, ...]:
+def shared_nodes(block: Block) -> tuple[Node, ...]:
     """What the block's branch has in common with the stream's own path and with parallel blocks: a norm, say."""
     stream, flow = block.stream, block.stream.flow
     others = 0
