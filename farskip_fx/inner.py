@@ -21,9 +21,16 @@ def compile(gm: GraphModule, example_inputs: list, *, config: FarskipConfig, mod
     if config.inner == "aot_eager":
         return aot_eager(gm, example_inputs)
     from .overlap import inductor_patches
-    patches = {**mode_options(mode), **inductor_patches(config, report)}
+    patches = {**_options(mode), **inductor_patches(config, report)}
     compiled = compile_fx(gm, example_inputs, config_patches=patches)
     # AOTAutograd swallows what fails while it compiles a backward during the forward, and tries again later.
     if config.strict and report.errors:
         raise report.errors[0]
     return compiled
+
+
+def _options(mode: str | None) -> dict:
+    try:
+        return mode_options(mode)
+    except RuntimeError as error:       # Inductor's way to say that it does not know the mode
+        raise ConfigError(f"mode={mode!r} is not one of torch.compile's: {error}") from error

@@ -18,13 +18,13 @@ Needs ``peft``, which farskip_fx does not depend on: import this module yourself
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 
-class TraceableParamWrapper(ParamWrapper):
-    """``ParamWrapper`` without a parametrization."""
+class ParamWrapper(peft_layer.ParamWrapper):
+    """PEFT's wrapper without a parametrization; of the same name, because PEFT also asks for the name."""
 
     def forward(self, x: Tensor, *args, **kwargs):
         adapters = [name for name in self.active_adapters if name in self.lora_A]
@@ -47,7 +47,7 @@ class TraceableParamWrapper(ParamWrapper):
     def _path(self) -> str:
         """Of the parameter, seen from the wrapped module: two parameters of one module make nested wrappers."""
         module, path = self.base_layer, self.parameter_name
-        while isinstance(module, ParamWrapper):
+        while isinstance(module, peft_layer.ParamWrapper):
             module, path = module.base_layer, f"base_layer.{path}"
         return path
 
@@ -66,6 +66,6 @@ def traceable(model: nn.Module) -> nn.Module:
         ``model``.
     """
     for module in model.modules():
-        if type(module) is ParamWrapper:
-            module.__class__ = TraceableParamWrapper
+        if type(module) is peft_layer.ParamWrapper:
+            module.__class__ = ParamWrapper
     return model

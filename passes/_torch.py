@@ -22,6 +22,17 @@ def current_translator():
         return None
 
 
+def guard_that(translator, holds, text):
+    """Have Dynamo compile the current frame again once ``holds()`` is no longer true (2.0: guards are functions that
+    add to a guard manager; 2.4: a lambda on its root)."""
+    from torch._dynamo.source import GlobalStateSource
+
+    def farskip_guard(builder, guard):
+        builder.guard_manager.root.add_lambda_guard(lambda _: holds(), [text], guard.user_stack)
+
+    translator.output.guards.add(GlobalStateSource().make_guard(farskip_guard))
+
+
 # --- inner compilers: farskip_fx/inner.py ------------------------------------------------------------------------
 def compile_fx(gm, example_inputs, *, config_patches):
     """Inductor (2.0). Imported late: importing Inductor takes a second, and ``inner="eager"`` does not need it."""
