@@ -20,6 +20,12 @@ def test_quickstart():
     assert "original ones again: True" in out
 
 
+def test_own_model():
+    out = run(sys.executable, str(EXAMPLES / "own_model.py"))
+    assert "4 of 4 layers rewired" in out and "layer 3 moe" in out
+    assert "the plain loop with this connectivity differs by" in out
+
+
 def test_two_ranks(tmp_path):
     out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
               str(EXAMPLES / "two_ranks.py"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
