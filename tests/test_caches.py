@@ -1,0 +1,96 @@
+"""Caches never return another configuration's graph: Inductor's FX graph cache and AOTAutograd's, each in fresh processes.
+
+A worker process compiles the same model under several configurations in one cache directory, and reports for each: the
+error against the oracle, and whether the caches hit. The second process gets some of the first one's configurations and
+some new ones.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SETTINGS = {
+    "farskip": {"connectivity": "farskip"},
+    "ladder": {"connectivity": "ladder"},
+    "one_layer": {"connectivity": "farskip", "layers": [1]},
+    "no_overlap": {"connectivity": "farskip", "overlap": False},
+}
+FAMILY, LAYERS = "qwen2_moe", 2
+
+
+def worker(names):
+    """In a process of its own: for each setting, a line of JSON."""
+    import families
+    from compiled import run
+    from oracle import oracle
+    from torch._dynamo.utils import counters
+
+    model, inputs = families.tiny(FAMILY, jitter=0.1, num_hidden_layers=LAYERS), families.inputs(FAMILY)
+    before = snapshot()
+    with torch.no_grad():
+        want = {name: oracle(FAMILY, model, inputs, setting["connectivity"], setting.get("layers"))
+                for name, setting in SETTINGS.items()}
+        for name in names:
+            counters.clear()
+            got = run(model, inputs, **SETTINGS[name])
+            errors = {other: (got - expected).abs().max().item() for other, expected in want.items()}
+            print(json.dumps({
+                "name": name, "errors": errors, "settings_changed": snapshot() != before,
+                "fx": [counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]],
+                "aot": [counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"]],
+            }), flush=True)
+
+
+def snapshot():
+    import torch._functorch.config
+    import torch._inductor.config
+    return [module.get_config_copy() for module in (torch._dynamo.config, torch._inductor.config,
+                                                    torch._functorch.config)]
+
+
+def start(names, cache, **environment):
+    here = Path(__file__).parent
+    return subprocess.run(
+        [sys.executable, "-c", f"import conftest, test_caches; test_caches.worker({list(names)!r})"], cwd=here, text=True,
+        capture_output=True, timeout=900,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+             "TORCHINDUCTOR_AUTOGRAD_CACHE": "1", **environment})
+
+
+def results(names, cache):
+    done = start(names, cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_a_warm_cache_gives_each_configuration_its_own_graph(tmp_path):
+    first = results(["farskip", "ladder"], tmp_path)
+    second = results(["one_layer", "ladder", "no_overlap", "farskip"], tmp_path)
+    for each in first + second:
+        name, errors = each["name"], each["errors"]
+        same = {"farskip", "no_overlap"} if name in ("farskip", "no_overlap") else {name}
+        for other, error in errors.items():
+            assert (error < 2e-4) if other in same else (error > 1e-2), (name, other, error)
+        assert not each["settings_changed"]
+    warm = {each["name"]: each for each in second}
+    for each in (*first, warm["one_layer"], warm["no_overlap"]):
+        assert each["fx"][0] == 0 and each["fx"][1] > 0 and each["aot"][0] == 0, f"a foreign graph for {each['name']}"
+    for name in ("farskip", "ladder"):
+        assert warm[name]["aot"][0] > 0 and warm[name]["fx"][1] == 0, f"{name} was compiled again"
+
+
+@pytest.mark.parametrize("environment", [{"TORCH_COMPILE_DISABLE": "1"}, {"TORCHDYNAMO_DISABLE": "1"}],
+                         ids=["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_dynamo_switched_off_by_the_environment_raises(environment):
+    """Compilation off: a converted model raises, it does not run its original connectivity."""
+    code = ("import conftest, families, farskip_fx as fs\n"
+            f"model = fs.apply(families.tiny({FAMILY!r}, num_hidden_layers=2))\n"
+            f"model(**families.inputs({FAMILY!r}))\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env={**os.environ, **environment},
+                          text=True, capture_output=True, timeout=600)
+    assert done.returncode != 0 and "WrongConnectivityError" in done.stderr, done.stderr[-2000:]
+    assert "farskip_fx.remove(model)" in done.stderr
