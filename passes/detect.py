@@ -204,9 +204,11 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
     experts = {n: found for n, linear in routers.items()
                if (found := experts_of(flow, nodes, n, linear, branch)) is not None}
     if experts:
-        if attention is not None:
-            return Block(kind="both", **common)
         selected = flow.descendants(flow.mask(experts), branch)
+        product = next((n for n in nodes if op_name(n) in PRODUCTS and mixes_tokens(flow, n, before)
+                        and not flow.bit(n) & selected), None)
+        if attention is not None or product is not None:
+            return Block(kind="both", **common)
         ranked = flow.mask(routers[n] for n in experts)
         shared, partial = _split(flow, contribution.node, selected, ranked)
         selection, found = list(experts.items())[-1]
@@ -227,7 +229,7 @@ def mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
     name = op_name(node)
     if name in PRODUCTS:
         operands = [a for a in node.all_input_nodes if flow.depends(a, before)]
-        return len(operands) > 1
+        return len(operands) > 1 or bool(operands) and sum(_is_activation(flow, a) for a in node.all_input_nodes) > 1
     return name not in TOKEN_WISE and node.op in ("call_function", "call_method")
 
 

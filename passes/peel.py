@@ -9,12 +9,13 @@ import torch
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import CASTS
+from .operations import CASTS, LINEAR_MAPS
+from .reasons import Reason
 from .sums import argument, is_float, sum_of
 from .trail import Step
 
 _VIEWS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
-          "alias", "transpose", "permute", "movedim", "swapaxes", "expand", "expand_as", "dropout", "identity"} | CASTS
+          "alias", "transpose", "permute", "movedim", "swapaxes", "expand", "expand_as", "dropout", "identity", "neg", "negative"} | CASTS
 _CONVOLUTIONS = {"conv1d", "causal_conv1d", "convolution"}
 
 
@@ -66,10 +67,34 @@ def _gates(flow, gate, x: Node, state: Node, skip: int, between: int, busy: int)
     per_token = isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[-1], int) \
         and value.shape[-1] == 1
     content = (flow.ancestors(x) | flow.bit(x)) & between
-    if not per_token and not content & busy:        # two token-wise factors: a gated MLP, not a gate on one
-        return False
+    if not per_token and not content & busy and _reads_plainly(flow, x, state, content):
+        return False                                # two token-wise factors: a gated MLP, or a gate on one?
     shared = flow.descendants(flow.bit(state), cone & content)
     return not shared & ~skip
+
+
+def _reads_plainly(flow: Dataflow, x: Node, state: Node, content: int) -> bool:
+    """``x`` takes the state straight into a linear map: no norm begins a block there."""
+    return any(op_name(u) in LINEAR_MAPS for u in state.users if flow.bit(u) & content)
+
+
+def unclear(flow: Dataflow, core: Node, state: Node, step: Step) -> Reason | None:
+    """Why the factors of a product cannot be told apart as block and gate."""
+    if op_name(core) not in ("mul", "div", "truediv"):
+        return None
+    skip = (flow.ancestors(step.skip) | flow.bit(step.skip)) & ~flow.ancestors(state)
+    factors = [a for a in core.all_input_nodes if is_float(value_of(a))]
+    stream = next((f for f in factors if flow.bit(f) & skip), None)
+    if stream is not None and len(factors) == 2:
+        return Reason("multiplied", f"{core.name} multiplies the residual stream with what is added to it: whether that "
+                      "factor belongs to the block or to the stream is not known", node=core.name)
+    if len(factors) == 2 and all(flow.depends(f, state) for f in factors):
+        cones = [flow.descendants(flow.bit(state), (flow.ancestors(f) | flow.bit(f)) & ~flow.ancestors(state)) for f in factors]
+        if not cones[0] & cones[1] and all(_reads_plainly(flow, f, state, cone) for f, cone in zip(factors, cones)):
+            return Reason("gate", f"{core.name} multiplies two values that are both computed from the residual stream as it "
+                          "is, without a norm: which one is the block and which one a gate of the stream is not known",
+                          node=core.name)
+    return None
 
 
 def trailing_convolution(node: Node) -> bool:

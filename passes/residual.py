@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .peel import parallel_parts, peel, trailing_convolution
+from .peel import parallel_parts, peel, trailing_convolution, unclear
 from .reasons import Reason
 from .routing import is_weight
-from .sums import is_float
+from .sums import is_float, sum_of
 from .trail import Step, longest_trail
 
 Busy = Callable[[Dataflow, Node], str]
@@ -42,6 +42,7 @@ class Contribution:
     node: Node
     origin: int              # index of the state that the block reads
     branch: int              # bit set: what it computes from that state, ``node`` included (see Dataflow)
+    unclear: Reason | None = None   # why it is not known where the block ends and the update begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
 
 def _unfit(stream: Stream, output: Node) -> Reason | None:
     for reason in (_overwritten(stream.flow, stream.updates), _ends_in_head(stream.states[-1], output),
+                   _goes_around(stream, output),
                    _begins_at_embedding(stream.flow, stream.states[0])):
         if reason is not None:
             return reason
@@ -143,10 +145,16 @@ def _states(flow: Dataflow, steps: list[Step], output: Node) -> list[Node]:
             inner = flow.descendants(flow.bit(step.path[0]), flow.ancestors(candidate) & ~flow.ancestors(step.path[0]))
             members = {step.path[0], *flow.members(inner)}
             if all(user is candidate or user in members or user is output or not flow.bit(user) & live
-                   for node in members for user in node.users):
+                   or _skips_far(user, candidate, flow) for node in members for user in node.users):
                 state = candidate
         states.append(state)
     return [*states, steps[-1].add]
+
+
+def _skips_far(user: Node, state: Node, flow: Dataflow) -> bool:
+    """A scaled value of the stream that only comes back as a term of later additions."""
+    return op_name(user) == "mul" and not flow.depends(user, state) and bool(user.users) \
+        and all(sum_of(u) is not None for u in user.users)
 
 
 def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[Node, str]) -> list[Update]:
@@ -162,7 +170,8 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
         contributions = []
         for part in parts:
             origin, branch = _branch(flow, part, states, i)
-            contributions.append(Contribution(node=part, origin=origin, branch=branch))
+            contributions.append(Contribution(node=part, origin=origin, branch=branch,
+                                              unclear=unclear(flow, part, states[i], step)))
         before, after = states[i], states[i + 1]
         changed = flow.bit(before) | flow.mask(parts)
         nodes = flow.descendants(changed, (flow.ancestors(after) | flow.bit(after)) & ~flow.ancestors(before))
@@ -194,6 +203,25 @@ def _ends_in_head(last: Node, output: Node) -> Reason | None:
         return None
     return Reason("fragment", f"the residual stream leaves this graph at {last.name} before any final norm: "
                   "this graph holds only a part of the model", node=last.name)
+
+
+def _goes_around(stream: Stream, output: Node) -> Reason | None:
+    """An earlier state that meets the last one again after it: the updates that were found are not the whole stream."""
+    flow, last, inside = stream.flow, stream.states[-1], 0
+    for update in stream.updates:
+        inside |= update.nodes
+    seeds = flow.mask(stream.states[:-1])
+    after = [n for n in flow.members(flow.ancestors(output) & ~inside) if flow.depends(n, last) or n is last]
+    for node in after:
+        value = value_of(node)
+        if not is_float(value) or value.dim() < 2:
+            continue
+        for operand in node.all_input_nodes:
+            around = operand is not last and not flow.depends(operand, last) and is_float(value_of(operand))
+            if around and (flow.ancestors(operand) | flow.bit(operand)) & seeds and value_of(operand).dim() > 1:
+                return Reason("gap", f"{node.name} takes in {operand.name}, an earlier value of the residual stream, after "
+                              f"the last addition that was found ({last.name})", node=node.name)
+    return None
 
 
 def _begins_at_embedding(flow: Dataflow, first: Node) -> Reason | None:

@@ -156,6 +156,8 @@ def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redire
     state = stream.states[origin]
     if not hidden or value is state:
         return None
+    if block.contribution.unclear is not None:
+        raise Undefined(block.contribution.unclear)
     _sees_no_other(blocks, block, hidden)
     return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=shared_nodes(block))
 
@@ -178,8 +180,9 @@ def _without(stream: Stream, position: int, hidden: tuple[tuple[Block, str], ...
 
 
 def _kept(flow: Dataflow, block: Block) -> Recipe:
-    if block.partial is not None:
-        raise Undefined(block.partial)
+    for reason in (block.partial, block.contribution.unclear):
+        if reason is not None:
+            raise Undefined(reason)
     return Terms(flow=flow, routed=block.routed, routers=block.routers).kept(block.node)
 
 

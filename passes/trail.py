@@ -53,6 +53,7 @@ def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
         trails[node] = trail
         if trail.contribution is not None and (best is None or trail.length >= trails[best].length):
             best = node
+    best = _outermost(flow, best, trails)
     steps = []
     while best is not None and trails[best].length:
         add, path, node = best, [], trails[best].previous
@@ -65,6 +66,18 @@ def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
                           contribution=trails[add].contribution))
         best = path[-1]
     return steps[::-1]
+
+
+def _outermost(flow: Dataflow, best: Node | None, trails: dict[Node, _Trail]) -> Node | None:
+    """The longest trail may end inside the last block, where that has residuals of its own: the addition around it."""
+    if best is None:
+        return None
+    for node in flow.nodes[flow.position[best] + 1:]:
+        trail = trails.get(node)
+        if trail is not None and trail.contribution is not None and trail.root is trails[best].root \
+                and (trail.contribution is best or flow.depends(trail.contribution, best)):
+            best = node
+    return best
 
 
 def _update(flow: Dataflow, node: Node, trails: dict[Node, _Trail]) -> _Trail | None:
@@ -83,17 +96,26 @@ def _update(flow: Dataflow, node: Node, trails: dict[Node, _Trail]) -> _Trail | 
         if total.two_terms and not _alike(value_of(others[0]), value_of(node)):
             continue
         content = next((o for o in others if flow.depends(o, trail.root)), None)
-        if content is None or not _adds(flow, content, trail, trails):
+        if content is None or not _adds(content, trail, trails):
             continue
         if best is None or trail.length + 1 > best.length:
             best = _Trail(trail.length + 1, trail.root, node, skip, content)
     return best
 
 
-def _adds(flow: Dataflow, content: Node, trail: _Trail, trails: dict[Node, _Trail]) -> bool:
-    """Whether ``content`` is more than the stream itself once again (x + 2 * x)."""
+def _adds(content: Node, trail: _Trail, trails: dict[Node, _Trail]) -> bool:
+    """Whether ``content`` is more than the stream itself once again (``x + 2 * x``, the ``- x`` of a lerp, the outer
+    residual of a block that refines its output step by step). A scaled embedding that comes back later is."""
     other = trails.get(content)
-    return other is None or other.start is not trail.start or other.root is not trail.root
+    if other is None or other.root is not trail.root or other.length > trail.length:
+        return True
+    return other.length == 0 < trail.length and _is_scaled(content, trails)
+
+
+def _is_scaled(node: Node, trails: dict[Node, _Trail]) -> bool:
+    while node is not None and op_name(node) not in _SCALES:
+        node = trails[node].previous
+    return node is not None
 
 
 def _light(flow: Dataflow, node: Node, trails: dict[Node, _Trail], busy: int) -> _Trail | None:
@@ -111,6 +133,8 @@ def _carried(flow: Dataflow, node: Node, trails: dict[Node, _Trail], busy: int) 
     first = argument(node, 0, "input", "self")
     if name in _SAME_ELEMENTS:
         return [first] if isinstance(first, Node) and first in trails else []
+    if name in ("expand", "expand_as", "broadcast_to"):
+        return [first] if isinstance(first, Node) and first in trails and _alike(value_of(first), value_of(node)) else []
     if name == "getitem" and isinstance(first, Node) and first in trails:
         keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return [first] if all(k == slice(None) or k is Ellipsis for k in keys) else []
