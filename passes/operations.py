@@ -25,3 +25,10 @@ TAKES_TOKENS = LINEAR_MAPS | EXPERT_MAPS | {"mul", "imul", "index_select", "gath
 TAKES_A_LIKENESS = {"type_as", "to", "expand_as", "view_as", "reshape_as"}    # of the second argument, not its value
 MAKES_MEMORY = {"zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "ones_like", "full_like",
                  "new_full", "full", "ones", "new_ones"}
+# What stands before the first state (embeddings put together) or after the last one (head, loss) and mixes no tokens in
+# a way that a block would.
+HARMLESS_OUTSIDE = MAKES_MEMORY | {
+    "embedding", "masked_scatter", "index_put", "index_put_", "setitem", "index_copy", "slice_scatter", "select_scatter",
+    "scatter", "gather", "take_along_dim", "index_select", "select", "narrow", "unbind", "pad", "repeat",
+    "repeat_interleave", "movedim", "swapaxes", "t", "identity", "marker", "cross_entropy", "nll_loss", "kl_div", "topk",
+    "argmax", "one_hot", "tril", "triu", "sin", "cos", "outer", "expm1", "std", "lerp", "addcmul", "group_norm"}

@@ -41,9 +41,11 @@ def _below(flow, node: Node, state: Node, skip: int, between: int, busy: int, co
         return first
     if name in ("mul", "div", "truediv"):
         pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if name == "mul" else [])
-        found = [x for x, gate in pairs if isinstance(x, Node) and is_float(value_of(x))
+        found = [(x, gate) for x, gate in pairs if isinstance(x, Node) and is_float(value_of(x)) and flow.depends(x, state)
                  and _gates(flow, gate, x, state, skip, between, busy)]
-        return found[0] if len(found) == 1 else None
+        if len(found) > 1:      # one value a token is the gate
+            found = [(x, gate) for x, gate in found if _per_token(gate)]
+        return found[0][0] if len(found) == 1 else None
     total = sum_of(node)
     if total is not None and total.two_terms and convolutions and (below := _meet(total.first, total.rest[0])) is not None:
         return below
@@ -63,14 +65,16 @@ def _gates(flow, gate, x: Node, state: Node, skip: int, between: int, busy: int)
         return not cone & busy and (flow.depends(x, state) or not is_float(value_of(gate)))
     if cone & busy or gate is state:
         return False
-    value = value_of(gate)
-    per_token = isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[-1], int) \
-        and value.shape[-1] == 1
     content = (flow.ancestors(x) | flow.bit(x)) & between
-    if not per_token and not content & busy and _reads_plainly(flow, x, state, content):
+    if not _per_token(gate) and not content & busy and _reads_plainly(flow, x, state, content):
         return False                                # two token-wise factors: a gated MLP, or a gate on one?
     shared = flow.descendants(flow.bit(state), cone & content)
     return not shared & ~skip
+
+
+def _per_token(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[-1], int) and value.shape[-1] == 1
 
 
 def _reads_plainly(flow: Dataflow, x: Node, state: Node, content: int) -> bool:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, value_of
+from .operations import HARMLESS_OUTSIDE, TOKEN_WISE
 from .peel import parallel_parts, peel, trailing_convolution, unclear
 from .reasons import Reason
 from .routing import is_weight
@@ -100,7 +101,7 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
     if not streams:
         return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
                         length=longest)
-    stray = _stray(flow, covered, kinds, output)
+    stray = _stray(flow, covered, kinds, output) or _unknown(flow, streams, output)
     if stray is not None:
         return NoStream(length=longest, reason=Reason(
             "gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
@@ -234,6 +235,28 @@ def _begins_at_embedding(flow: Dataflow, first: Node) -> Reason | None:
 def _begins(node: Node) -> bool:
     """An embedding, or hidden states that are an argument."""
     return op_name(node) == "embedding" or node.op == "placeholder" and is_float(value_of(node)) and not is_weight(node)
+
+
+def _unknown(flow: Dataflow, streams: list[Stream], output: Node) -> Node | None:
+    """An operation before or after the streams that may mix tokens in a way that is not known here (a recurrence, say)."""
+    covered = first = last = 0
+    for stream in streams:
+        for update in stream.updates:
+            covered |= update.nodes | flow.bit(update.before)
+        first |= flow.ancestors(stream.states[0])
+        last |= flow.bit(stream.states[-1])
+    begins = flow.marked("begins", _begins)
+    live = flow.ancestors(output) & ~covered
+    for node in flow.members(live):
+        value = value_of(node)
+        if not is_float(value) or value.dim() < 3 or op_name(node) in TOKEN_WISE | HARMLESS_OUTSIDE or is_weight(node):
+            continue
+        if node.op not in ("call_function", "call_method") or not any(is_float(value_of(a)) for a in node.all_input_nodes):
+            continue
+        before = flow.bit(node) & first and flow.ancestors(node) & begins
+        if before or flow.ancestors(node) & last:
+            return node
+    return None
 
 
 def _stray(flow: Dataflow, covered: int, kinds: dict[Node, str], output: Node) -> Node | None:
