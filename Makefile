@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo bench test clean
+.PHONY: setup demo bench test families clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ bench: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+# docs/families.md: which model families are exact, which are refused and why; a few minutes on one core.
+families: setup
+	$(BIN)/python tests/families_table.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info

@@ -31,25 +31,34 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
 from torch import nn
 
 
-@contextmanager
-def one_graph(model: nn.Module) -> Iterator[None]:
+def one_graph(model: nn.Module) -> AbstractContextManager:
     """Trace ``model`` inside this scope, and call what was compiled there inside it too (a recompile traces again)."""
-    with ExitStack() as scope:
-        scope.enter_context(torch._dynamo.config.patch(capture_scalar_outputs=True,
-                                                       capture_dynamic_output_shape_ops=True))
-        for kind in {type(module) for module in model.modules()}:
-            every_expert = forward_over_every_expert(kind)
-            if every_expert is not None:
+    return prepare(model)()
+
+
+def prepare(model: nn.Module) -> Callable[[], AbstractContextManager]:
+    """The scope for many calls of one model: looks at its modules once."""
+    loops = {kind: every for kind in {type(module) for module in model.modules()}
+             if (every := forward_over_every_expert(kind)) is not None}
+
+    @contextmanager
+    def scope() -> Iterator[None]:
+        with ExitStack() as changed:
+            changed.enter_context(torch._dynamo.config.patch(capture_scalar_outputs=True,
+                                                             capture_dynamic_output_shape_ops=True))
+            for kind, every_expert in loops.items():
                 # On the class: an attribute of the instance would travel with copies and pickles of the model.
-                scope.enter_context(patch.object(kind, "forward", every_expert))
-        yield
+                changed.enter_context(patch.object(kind, "forward", every_expert))
+            yield
+
+    return scope
 
 
 def way_to_one_graph(model: nn.Module) -> str | None:
@@ -69,7 +78,7 @@ def way_to_one_graph(model: nn.Module) -> str | None:
 
 @functools.cache
 def forward_over_every_expert(kind: type) -> Callable | None:
-    """``kind.forward`` with its loop over the experts that were hit run for every expert; None if it has no such loop."""
+    """``kind.forward`` with its loop over the experts that were hit run for every expert; None if there is none."""
     forward = kind.__dict__.get("forward")
     if not _is_switched(kind):
         return over_every_expert(forward)

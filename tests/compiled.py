@@ -55,6 +55,7 @@ def _attempt(gm, example_inputs, options):
     try:
         return fs.farskip_backend(gm, example_inputs, options=options)
     except fs.FarskipError as error:
+        error.report = fs.last_reports()[-1]
         return error
 
 

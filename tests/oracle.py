@@ -5,19 +5,28 @@
 This file is the definition that the graph passes are tested against, so it shares nothing with them: it imports neither
 farskip_fx nor passes, it knows every model by name, and it calls the model's own submodules in eager mode.
 
-Terms.  *R*: the residual stream.  A decoder layer is two blocks, ATTENTION (or linear attention, or Mamba) and MLP (or
-MoE).  A block *reads* a state of the stream, computes a *contribution*, and an *update* makes the next state:
+Terms.  *R*: the residual stream.  A decoder layer is one or more MIXERS (attention, linear attention, Mamba, a
+convolution) and an MLP (or MoE).  A block *reads* a state of the stream, computes a *contribution*, and an *update*
+makes the next state:
 
     R' = update(R,  attention(read(A)))        A = what attention may see: R, or a state that lacks the MLP before it
     R  = update(R', routed + ready)            ready = the shared expert, or all of a dense MLP: waits for no exchange
 
+A *third block* stands between an MLP and the next attention and works on each token alone.  It cannot wait for what is
+in flight either: it reads A, its one contribution c goes into the stream, and attention reads update(A, c).
+
+Of several mixers in a layer the first reads A; the others read the stream as in the model.  An encoder's layers are
+numbered before the decoder's; nothing is in flight from one stream to the other.
+
 Steps.  1. Run the model once and record what it hands to each mixer (masks, rotary tables): none of it depends on the
-connectivity.  2. Walk the layers with READS[connectivity].  3. Let the model compute its own norm and head from R.
+connectivity.  2. Walk the layers with READS[connectivity].  3. Let the model go on from R: its decoder after an encoder
+(and record that again), its own norm and head at the end.
 
 Gradients flow through the oracle; put it under torch.no_grad() where they are not wanted.
 """
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,29 +60,41 @@ class Contribution(NamedTuple):
 def oracle(family: str, model: nn.Module, inputs: dict, connectivity: str,
            layers: Collection[int] | None = None) -> Tensor:
     """Logits of `model` under a connectivity; `layers` are the decoder layers it converts (None: all of them)."""
-    attention_reads, mlp_reads = READS[connectivity]
     shape = shape_of(family)
-    record = Record(shape, model, inputs)
-    every = range(len(record.layers))
-    converted = set(every if layers is None else layers)
-    assert converted <= set(every), f"layers {sorted(converted - set(every))} of {len(every)}"
+    stacks = stacks_of(shape, model)
+    count = sum(map(len, stacks))
+    converted = set(range(count) if layers is None else layers)
+    assert converted <= set(range(count)), f"layers {sorted(converted - set(range(count)))} of {count}"
 
-    R = record.embedded
+    record, first = Record(shape, model, inputs), 0
+    for stack in stacks:
+        R = walk(shape, record, stack, READS[connectivity], {k - first for k in converted})
+        record, first = record.going_on(stack[-1], R), first + len(stack)
+    return record.logits
+
+
+def walk(shape: "Shape", record: "Record", layers: list["Layer"], reads: tuple[str, str], converted: set) -> Tensor:
+    """The stream behind the last of `layers`, which share one stream."""
+    attention_reads, mlp_reads = reads
+    R = record.input_of(layers[0])
     before_mlp, contribution, carried = None, None, None  # of the layer in front: R', its MLP's output, shared indices
-    for k, layer in enumerate(record.layers):
-        A = R = shape.enter(record, layer.attention, R)
-        if k in converted and k - 1 in converted and attention_reads != "full":
-            A = read_of_attention(shape, record.layers[k - 1], layer, attention_reads, R, before_mlp, contribution)
-        mixed, carried = attend(shape, layer, record, A, carried)
+    for k, layer in enumerate(layers):
+        A = R
+        if k and {k - 1, k} <= converted and attention_reads != "full":
+            A = read_of_attention(shape, layers[k - 1], attention_reads, R, before_mlp, contribution)
+        if k:
+            A, R = third_block(shape, record, layers[k - 1], A, R)
 
-        R_before_attention, before_mlp = R, shape.update(layer.attention, ATTENTION, R, mixed)
-        mlp_state = before_mlp
-        if shape.parallel or (k in converted and mlp_reads == "outdated"):
-            mlp_state = R_before_attention
-        contribution = contribute(shape, layer, record, mlp_state)
+        for mixer in shape.mixers_of(layer):
+            mixed, carried = attend(mixer, record, A, carried)
+            R_before_mixer, R = R, mixer.update(R, mixed)
+            A = R  # of several mixers only the first has something in flight in front of it
+
+        before_mlp = R
+        outdated = shape.parallel or (k in converted and mlp_reads == "outdated")
+        contribution = contribute(shape, layer, record, R_before_mixer if outdated else before_mlp)
         R = shape.update(layer.mlp, MLP, before_mlp, add_parts(contribution, R.dtype))
-        R = shape.leave(record, layer.mlp, R)
-    return record.logits(R)
+    return third_block(shape, record, layers[-1], R, R)[1]
 
 
 def layer_kinds(family: str, model: nn.Module) -> list[dict]:
@@ -86,12 +107,10 @@ def layer_kinds(family: str, model: nn.Module) -> list[dict]:
     return kinds
 
 
-def read_of_attention(shape, in_front, layer, how, R, before_mlp, contribution) -> Tensor:
+def read_of_attention(shape, in_front, how, R, before_mlp, contribution) -> Tensor:
     """The state that lacks what is in flight from the layer in front."""
     if how == "partial" and contribution.routed is None:
         return R  # nothing of a dense MLP is in flight
-    if shape.third_block(layer.attention):
-        raise Undefined(THIRD_BLOCK)
     if how == "outdated":
         return before_mlp
     if shape.nonlinear and contribution.ready is not None:
@@ -99,13 +118,21 @@ def read_of_attention(shape, in_front, layer, how, R, before_mlp, contribution) 
     return shape.update(in_front.mlp, MLP, before_mlp, contribution.ready)
 
 
-def attend(shape, layer, record, state, carried) -> tuple[Tensor, object]:
+def third_block(shape, record, layer, A, R) -> tuple[Tensor, Tensor]:
+    """(A, R) behind the block that follows the MLP of `layer`: it is computed once, from A."""
+    if shape.third is None:
+        return A, R
+    contribution = shape.third(record, layer.mlp, A)
+    return shape.third_update(layer.mlp, A, contribution), shape.third_update(layer.mlp, R, contribution)
+
+
+def attend(mixer, record, state, carried) -> tuple[Tensor, object]:
     """The mixer's output, and the top-k indices that sparse attention passes on to the next layer (None elsewhere)."""
-    call = record.calls[shape.mixer_of(layer)]
+    call = record.calls[mixer.module]
     kwargs = dict(call.kwargs)
     if "prev_topk_indices" in kwargs:  # computed from the stream, so the recorded ones belong to the other connectivity
         kwargs["prev_topk_indices"] = carried
-    out = call.repeat(shape.read(shape, layer.attention, ATTENTION, state), kwargs)
+    out = call.repeat(mixer.read(state), kwargs)
     if not isinstance(out, tuple):
         return out, None
     return out[0], out[2] if len(out) == 3 else None
@@ -151,46 +178,64 @@ class Layer(NamedTuple):
     mlp: nn.Module
 
 
-class Record:
-    """One run of the unchanged model: the embedded tokens, and how it calls its layers, mixers and MLPs."""
+class Mixer(NamedTuple):
+    module: nn.Module
+    read: Callable[[Tensor], Tensor]            # what it is given of a state
+    update: Callable[[Tensor, Tensor], Tensor]  # the state with its contribution
 
-    def __init__(self, shape: "Shape", model: nn.Module, inputs: dict):
+
+class Record:
+    """One run of the model: how it calls its layers, mixers and MLPs, and the logits.
+
+    `swaps` are layers whose output is replaced: the run goes on from another state of the stream.
+    """
+
+    def __init__(self, shape: "Shape", model: nn.Module, inputs: dict, swaps: dict[nn.Module, Tensor] | None = None):
         if inputs.get("past_key_values") is not None:
             raise ValueError("the oracle is defined on whole sequences: give it all tokens and no cache")
-        self.shape, self.model, self.inputs = shape, model, inputs
-        self.layers = layers_of(shape, model)
+        self.shape, self.model, self.inputs, self.swaps = shape, model, inputs, swaps or {}
         self.calls: dict[nn.Module, Call] = {}
-        first = self.layers[0].attention
         watched = set()
-        for layer in self.layers:
-            watched |= {*layer, shape.mixer_of(layer), shape.mlp_of(layer), getattr(layer.attention, "ple", None)}
+        for layer in layers_of(shape, model):
+            watched |= {*layer, *(mixer.module for mixer in shape.mixers_of(layer)), shape.mlp_of(layer)}
         watched.discard(None)
         handles = [module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in watched]
+        handles += [module.register_forward_hook(self._swap) for module in self.swaps]
         try:
-            model(**inputs)
+            self.logits = model(**inputs)["logits"]
         finally:
             for handle in handles:
                 handle.remove()
-        call = self.calls[first]
-        self.embedded = call.args[0] if call.args else call.kwargs["hidden_states"]
 
     def _keep(self, module, args, kwargs):
         self.calls[module] = Call(module, args, kwargs)
 
-    def logits(self, R: Tensor) -> Tensor:
-        """The model's own final norm, head, soft-capping and so on, given the stream after its last layer."""
-        def swap(module, args, out):
-            return (R, *out[1:]) if isinstance(out, tuple) else R
+    def _swap(self, module, args, out):
+        return (self.swaps[module], *out[1:]) if isinstance(out, tuple) else self.swaps[module]
 
-        handle = self.layers[-1].mlp.register_forward_hook(swap)
-        try:
-            return self.model(**self.inputs)["logits"]
-        finally:
-            handle.remove()
+    def input_of(self, layer: Layer) -> Tensor:
+        call = self.calls[layer.attention]
+        return call.args[0] if call.args else call.kwargs["hidden_states"]
+
+    def going_on(self, last: Layer, R: Tensor) -> "Record":
+        """The model's own norm, head, soft-capping (or decoder) after `R`, the stream behind the layer `last`."""
+        owner = last.attention if self.shape.mlp_inside else last.mlp
+        return Record(self.shape, self.model, self.inputs, {**self.swaps, owner: R})
 
 
 def layers_of(shape: "Shape", model: nn.Module) -> list[Layer]:
-    stack = list(model.get_submodule(shape.stack))
+    return [layer for stack in stacks_of(shape, model) for layer in stack]
+
+
+def stacks_of(shape: "Shape", model: nn.Module) -> list[list[Layer]]:
+    """The layers of each stream: one stack, or an encoder's and a decoder's."""
+    names = (shape.stack,) if isinstance(shape.stack, str) else shape.stack
+    return [stack_of(shape, list(model.get_submodule(name))) for name in names]
+
+
+def stack_of(shape: "Shape", stack: list[nn.Module]) -> list[Layer]:
+    if shape.mlp_inside:
+        return [Layer(module, shape.mlp_inside(module)) for module in stack]
     if not shape.one_block_per_module:
         return [Layer(module, module) for module in stack]
     layers = [Layer(*pair) for pair in zip(stack[0::2], stack[1::2])]
@@ -277,24 +322,35 @@ def inject(holder, block, state, contribution):
     return stream + (contribution.unsqueeze(-2) * weights.unsqueeze(-1)).flatten(-2)
 
 
-# --- third blocks: they read and write the whole stream between MLP k-1 and attention k -------------------------------
-THIRD_BLOCK = "a third block between the MLP and the next attention reads the stream, so nothing can be left out of it"
+# --- blocks beside the usual two --------------------------------------------------------------------------------------
+def per_layer_input(record, holder, state):  # gemma4
+    if not holder.hidden_size_per_layer_input:
+        return None
+    gate = holder.act_fn(holder.per_layer_input_gate(state))
+    projected = holder.per_layer_projection(gate * record.calls[holder].args[1])
+    return holder.post_per_layer_input_norm(projected)
 
 
-def untouched(record, holder, state):
-    return state
+def add_and_scale(holder, state, contribution):
+    return (state if contribution is None else state + contribution) * holder.layer_scalar
 
 
-def add_ngram_embedding(record, holder, state):  # qwen4_exp
-    return state if holder.ple is None else state + record.calls[holder.ple].repeat(state)
+def no_mixer(holder):
+    return None
 
 
-def add_per_layer_input(record, holder, state):  # gemma4, which also scales the stream
-    if holder.hidden_size_per_layer_input:
-        gate = holder.act_fn(holder.per_layer_input_gate(state))
-        projected = holder.per_layer_projection(gate * record.calls[holder].args[1])
-        state = state + holder.post_per_layer_input_norm(projected)
-    return state * holder.layer_scalar
+def ngram_embedding(holder):  # qwen4_exp: not token-wise, it ends in a convolution over the tokens
+    return None if holder.ple is None else Mixer(holder.ple, lambda state: state, lambda state, out: state + out)
+
+
+def cross_attention(attention: str, norm: str):
+    def mixer(holder):
+        try:
+            module = holder.get_submodule(attention)
+        except AttributeError:  # an encoder's layer
+            return None
+        return Mixer(module, holder.get_submodule(norm), lambda state, out: state + out)
+    return mixer
 
 
 # --- MoE blocks: (routed, shared or None) ----------------------------------------------------------------------------
@@ -376,6 +432,11 @@ def ernie4_5_vl_moe(shape, holder, x, record):
     return route(replace(shape, experts="experts"), moe.text_moe, x), shared_of(shape, moe, x)
 
 
+def all_routed(shape, holder, x, record):
+    """No shared expert, and an MoE block that is called with more than its tokens."""
+    return record.calls[holder.get_submodule(shape.mlp)].repeat(x), None
+
+
 def shared_beside(shape, holder, x, record):  # granite: the shared MLP is a sibling of the MoE block
     moe = holder.get_submodule(shape.mlp)
     return route(shape, moe, x), None if holder.shared_mlp is None else holder.shared_mlp(x)
@@ -424,7 +485,7 @@ def nemotron_h(shape, holder, x, record):
 class Shape:
     """Where a family keeps its parts, and how they meet the stream. The defaults are DeepSeek's and Qwen's names."""
 
-    stack: str = "model.layers"
+    stack: str | tuple[str, ...] = "model.layers"  # of an encoder and a decoder: both, in this order
     mixers: tuple[str, ...] = ("self_attn", "linear_attn", "mamba")  # a layer has one of them
     mlp: str = "mlp"
     attention_norm: str | None = "input_layernorm"
@@ -435,18 +496,27 @@ class Shape:
     split: Callable = common
     read: Callable = norm
     update: Callable = add
-    enter: Callable = untouched          # what a layer does to the stream before its attention
-    leave: Callable = untouched          # and after its MLP
-    third_block: Callable = lambda layer: False  # is there one between the MLP in front and this attention?
+    first_mixer: Callable = no_mixer     # holder -> a mixer in front of the attention
+    second_mixer: Callable = no_mixer    # holder -> a mixer behind it
+    third: Callable | None = None        # contribution of a token-wise block behind the MLP
+    third_update: Callable | None = None
     nonlinear: str = ""                  # why the update has no partial state; empty where it is linear
     parallel: bool = False               # attention and MLP read the same state in the model itself
     one_block_per_module: bool = False   # two modules of the stack make one decoder layer
+    mlp_inside: Callable | None = None   # layer -> the module that has the MLP and its norm, where that is another one
     shared_in_layer: bool = False        # `shared` is an attribute of the layer, not of its MoE block
     always_shared: bool = False          # the shared expert has no module of its own
 
     @property
     def norms(self):
         return {ATTENTION: self.attention_norm, MLP: self.mlp_norm}
+
+    def mixers_of(self, layer: Layer) -> list[Mixer]:
+        holder = layer.attention
+        attention = Mixer(self.mixer_of(layer), partial(self.read, self, holder, ATTENTION),
+                          partial(self.update, holder, ATTENTION))
+        mixers = self.first_mixer(holder), attention, self.second_mixer(holder)
+        return [mixer for mixer in mixers if mixer is not None]
 
     def mixer_of(self, layer: Layer) -> nn.Module:
         for name in self.mixers:
@@ -537,17 +607,25 @@ SANDWICH_SHAPES = {  # a norm after the block: outdated reads are defined, parti
     "diffusion_gemma": Shape(update=add_normed_and_scale(*GEMMA_NORMS), nonlinear=POST_NORM, **GEMMA),
     "flex_olmo": Shape(attention_norm=None, mlp_norm=None, nonlinear=POST_NORM,
                        update=add_normed("post_attention_layernorm", "post_feedforward_layernorm")),
-    "gemma4": Shape(update=add_normed(*GEMMA_NORMS), nonlinear=POST_NORM, leave=add_per_layer_input,
-                    third_block=lambda layer: True, **GEMMA),
+    "gemma4": Shape(update=add_normed(*GEMMA_NORMS), nonlinear=POST_NORM, third=per_layer_input,
+                    third_update=add_and_scale, **GEMMA),
     "kolibri1": Shape(nonlinear=POST_NORM, update=add_normed("post_self_attn_layernorm", "post_mlp_layernorm")),
 }
 HYPER_SHAPES = {  # linear too: several streams side by side, mixed by weights that are made from the stream
     "deepseek_v4": Shape(split=deepseek_v4, **HYPER),
     "glm5_next": Shape(**HYPER),
-    "qwen4_exp": Shape(read=mixed_input, update=inject, enter=add_ngram_embedding,
-                       third_block=lambda layer: layer.ple is not None, **QWEN_GATED),
+    "qwen4_exp": Shape(read=mixed_input, update=inject, first_mixer=ngram_embedding, **QWEN_GATED),
 }
-SHAPES = {**PLAIN_SHAPES, **LINEAR_SHAPES, **PARALLEL_SHAPES, **SANDWICH_SHAPES, **HYPER_SHAPES}
+TWO_STREAM_SHAPES = {  # encoder and decoder; a decoder layer has two mixers
+    "nllb_moe": Shape(("model.encoder.layers", "model.decoder.layers"), mlp="ffn", shared=None, split=all_routed,
+                      attention_norm="self_attn_layer_norm", mlp_norm="ff_layer_norm",
+                      second_mixer=cross_attention("cross_attention", "cross_attention_layer_norm")),
+    "switch_transformers": Shape(("encoder.block", "decoder.block"), ("layer.0.SelfAttention",), shared=None,
+                                 split=all_routed, attention_norm="layer.0.layer_norm", mlp_norm="layer_norm",
+                                 mlp_inside=lambda block: block.layer[-1],
+                                 second_mixer=cross_attention("layer.1.EncDecAttention", "layer.1.layer_norm")),
+}
+SHAPES = {**PLAIN_SHAPES, **LINEAR_SHAPES, **PARALLEL_SHAPES, **SANDWICH_SHAPES, **HYPER_SHAPES, **TWO_STREAM_SHAPES}
 
 PLAIN = tuple(PLAIN_SHAPES)
 LINEAR, PARALLEL = tuple(LINEAR_SHAPES), tuple(PARALLEL_SHAPES)
@@ -570,7 +648,7 @@ NOT_PLAIN = {
     "inkling": "a short convolution over the tokens stands between each block and the stream",
     "kolibri1": "sandwich norms: post_self_attn_layernorm, post_mlp_layernorm stand between each block and the stream",
     "nllb_moe": "encoder and decoder: two streams, and a decoder layer has three blocks (cross-attention)",
-    "qwen4_exp": "hyper-connections (GatedResidual), and some layers add an n-gram embedding that reads the stream",
+    "qwen4_exp": "hyper-connections (GatedResidual), and some layers begin with an n-gram embedding and a convolution",
     "switch_transformers": "encoder and decoder: two streams, and a decoder layer has three blocks (cross-attention)",
 }
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 POST_NORMED = {"afmoe", "diffusion_gemma", "gemma4", "kolibri1"}  # a norm over routed + shared: no partial state
-THIRD_BLOCK = {"gemma4"}  # something else reads the stream between MLP k-1 and attention k: no outdated state either
 SCALED_STREAM = {"doge", "deepseek_v4", "glm5_next"}  # the update changes the stream even where it adds nothing
 TOLERANCE = 1e-5
 
@@ -29,8 +28,7 @@ def run(family, connectivity, layers=None):
 
 
 def undefined(family, connectivity):
-    reads = O.READS[connectivity][0]
-    return (family in POST_NORMED and reads == "partial") or (family in THIRD_BLOCK and reads != "full")
+    return family in POST_NORMED and O.READS[connectivity][0] == "partial"
 
 
 def difference(a, b):
@@ -82,13 +80,11 @@ def test_first_converted_layer_keeps_its_attention(family):
 
 
 def test_undefined_says_why():
-    for family in POST_NORMED - THIRD_BLOCK:
+    for family in POST_NORMED:
         with pytest.raises(O.Undefined, match="norm stands over the sum"):
             run(family, "farskip")
-    with pytest.raises(O.Undefined, match="third block"):
-        run("gemma4", "ladder")
-    with pytest.raises(O.Undefined, match="encoder and decoder"):
-        O.oracle("nllb_moe", None, {}, "farskip")
+    with pytest.raises(O.Undefined, match="no oracle was written"):
+        O.oracle("bert", None, {}, "farskip")
 
 
 def silence(model, *names):
@@ -117,12 +113,13 @@ def test_the_ready_part_is_all_but_the_experts(family):
     silence(model, "shared_experts", "shared_expert", "shared_mlp")
     for layer, kind in zip(O.layers_of(O.shape_of(family), model), O.layer_kinds(family, model)):
         if kind["dense"]:
-            silence(O.shape_of(family).mlp_of(layer), *"gate_proj up_proj down_proj".split())
+            silence(O.shape_of(family).mlp_of(layer), *"gate_proj up_proj down_proj fc1 fc2 wi wo".split())
     expected = O.oracle(family, model, inputs, "ladder")
     assert difference(O.oracle(family, model, inputs, "farskip"), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", O.DEFINED)
+# An encoder refuses to be called with a cache.
+@pytest.mark.parametrize("family", sorted(set(O.DEFINED) - {"switch_transformers"}))
 @torch.no_grad()
 def test_the_cache_of_the_recording_run_is_not_attended(family):
     inputs = dict(families.inputs(family), use_cache=True)
