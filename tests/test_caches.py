@@ -1,4 +1,4 @@
-"""Caches never return another configuration's graph: Inductor's FX graph cache and AOTAutograd's, each in fresh processes.
+"""Caches never return another configuration's graph: Inductor's FX graph cache and AOTAutograd's, in fresh processes.
 
 A worker process compiles the same model under several configurations in one cache directory, and reports for each: the
 error against the oracle, and whether the caches hit. The second process gets some of the first one's configurations and
@@ -40,8 +40,8 @@ def worker(names):
             errors = {other: (got - expected).abs().max().item() for other, expected in want.items()}
             print(json.dumps({
                 "name": name, "errors": errors, "settings_changed": snapshot() != before,
-                "fx": [counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]],
-                "aot": [counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"]],
+                "fx": [counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss")],
+                "aot": [counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss")],
             }), flush=True)
 
 
@@ -52,13 +52,12 @@ def snapshot():
                                                     torch._functorch.config)]
 
 
-def start(names, cache, **environment):
-    here = Path(__file__).parent
+def start(names, cache):
+    code = f"import conftest, test_caches; test_caches.worker({list(names)!r})"
     return subprocess.run(
-        [sys.executable, "-c", f"import conftest, test_caches; test_caches.worker({list(names)!r})"], cwd=here, text=True,
-        capture_output=True, timeout=900,
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, text=True, capture_output=True, timeout=900,
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-             "TORCHINDUCTOR_AUTOGRAD_CACHE": "1", **environment})
+             "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"})
 
 
 def results(names, cache):
