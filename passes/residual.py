@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import HARMLESS_OUTSIDE, TOKEN_WISE
+from .operations import ATTENTION, HARMLESS_OUTSIDE, LINEAR_MAPS, TOKEN_WISE
 from .peel import parallel_parts, peel, trailing_convolution, unclear
 from .reasons import Reason
 from .routing import is_weight
@@ -115,12 +115,23 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
 
 
 def _unfit(stream: Stream, output: Node) -> Reason | None:
+    early = next((c for u in stream.updates for c in u.contributions if not c.branch and _computes(stream, c.node)), None)
+    if early is not None:
+        return Reason("gap", f"{early.node.name} is added to the residual stream and computed from a value before its first "
+                      f"state, {stream.states[0].name}", node=early.node.name)
     for reason in (_overwritten(stream.flow, stream.updates), _ends_in_head(stream.states[-1], output),
                    _goes_around(stream, output),
                    _begins_at_embedding(stream.flow, stream.states[0])):
         if reason is not None:
             return reason
     return None
+
+
+def _computes(stream: Stream, node: Node) -> bool:
+    """Whether ``node`` is more than a scaled value from before the first state."""
+    flow = stream.flow
+    own = (flow.ancestors(node) | flow.bit(node)) & ~flow.ancestors(stream.states[0]) & ~flow.bit(stream.states[0])
+    return any(op_name(n) in LINEAR_MAPS | ATTENTION for n in flow.members(own))
 
 
 def _in_series(flow: Dataflow, streams: list[Stream]) -> Reason | None:
@@ -140,12 +151,14 @@ def _states(flow: Dataflow, steps: list[Step], output: Node) -> list[Node]:
     """s_0 .. s_n. Between two updates: the last node of the trail that everything later passes through."""
     live = flow.ancestors(output)
     states = []
-    for step in steps:
+    for index, step in enumerate(steps):
+        # What else is made of the embedding (a memory, inputs of later layers) does not read the stream.
+        counts = live if index else flow.ancestors(step.add) | flow.bit(step.add)
         state = step.path[0]
         for candidate in step.path[1:]:
             inner = flow.descendants(flow.bit(step.path[0]), flow.ancestors(candidate) & ~flow.ancestors(step.path[0]))
             members = {step.path[0], *flow.members(inner)}
-            if all(user is candidate or user in members or user is output or not flow.bit(user) & live
+            if all(user is candidate or user in members or user is output or not flow.bit(user) & counts
                    or _skips_far(user, candidate, flow) for node in members for user in node.users):
                 state = candidate
         states.append(state)

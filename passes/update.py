@@ -4,7 +4,8 @@ Contract: nothing is changed; the result is a recipe, or ``Undefined`` with the 
 
 U is whatever lies between a state, a contribution and the next state: an addition, a scale on either side, a cast, a
 view, a matrix that mixes several streams, a norm over their sum. What of U does not depend on a changed value is used as
-it is: weights that mix or gate are made from the state that is really updated.
+it is. Weights that mix or gate are a part of U: they are made from the state that U is evaluated on, never from the one
+that the block read.
 """
 from __future__ import annotations
 
