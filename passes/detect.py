@@ -103,7 +103,7 @@ def is_busy(flow: Dataflow, node: Node) -> str:
         return "mixes"
     if name in EXCHANGES and node.op == "call_function":
         return "routes"
-    if name in PRODUCTS and sum(_is_activation(flow, a) for a in node.all_input_nodes) > 1:
+    if name in PRODUCTS and sum(_is_activation(flow, a) for a in _factors(node)) > 1:
         return "mixes"
     return "routes" if name in SELECTORS and scores_of(flow, node, None) is not None else ""
 
@@ -112,6 +112,11 @@ def _is_activation(flow: Dataflow, node: Node) -> bool:
     """Computed from tokens: from an embedding or from hidden states that are an argument."""
     return bool((flow.ancestors(node) | flow.bit(node)) & flow.marked("activation", lambda n: op_name(n) == "embedding" or (
         n.op == "placeholder" and is_float(value_of(n)) and value_of(n).dim() > 2 and not is_weight(n))))
+
+
+def _factors(node: Node) -> list[Node]:
+    """The operands of a product; baddbmm has a term besides."""
+    return node.all_input_nodes[1:] if op_name(node) == "baddbmm" else node.all_input_nodes
 
 
 def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
@@ -228,8 +233,9 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
 def mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
     name = op_name(node)
     if name in PRODUCTS:
-        operands = [a for a in node.all_input_nodes if flow.depends(a, before)]
-        return len(operands) > 1 or bool(operands) and sum(_is_activation(flow, a) for a in node.all_input_nodes) > 1
+        factors = _factors(node)
+        operands = [a for a in factors if flow.depends(a, before)]
+        return len(operands) > 1 or bool(operands) and sum(_is_activation(flow, a) for a in factors) > 1
     return name not in TOKEN_WISE and node.op in ("call_function", "call_method")
 
 

@@ -133,7 +133,7 @@ def parallel_parts(flow: Dataflow, core: Node, state: Node, mixing: int, routing
     if total is None or not total.two_terms:
         return [core]
     parts = [total.first, total.rest[0]]
-    above = ~flow.ancestors(state)
+    above = ~flow.ancestors(state) & ~flow.bit(state)
     cones = [(flow.ancestors(p) | flow.bit(p)) & above for p in parts]
     mixers = [p for p, cone in zip(parts, cones) if cone & mixing and not cone & routing]
     if len(mixers) == 1 and all(flow.depends(p, state) for p in parts):
