@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import or_
 
 from torch.fx import Node
 
@@ -84,6 +86,11 @@ class Blocks:
     @property
     def flow(self) -> Dataflow:
         return self.streams[0].flow
+
+    @cached_property
+    def branches(self) -> int:
+        """Bit set: all branches of all streams."""
+        return reduce(or_, (c.branch for s in self.streams for u in s.updates for c in u.contributions))
 
     @property
     def moe_layers(self) -> int:

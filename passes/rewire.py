@@ -277,11 +277,8 @@ def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
 
 def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
     """What ``block`` is computed from; nodes of other branches and ``stop`` are reached, but not passed."""
-    flow, others = blocks.flow, 0
-    for update in (u for stream in blocks.streams for u in stream.updates):
-        for contribution in update.contributions:
-            others |= contribution.branch if contribution.node is not block.node else 0
-    others &= ~block.contribution.branch
+    flow = blocks.flow
+    others = blocks.branches & ~block.contribution.branch
     seen, todo = set(), [block.node]
     while todo:
         current = todo.pop()
