@@ -71,7 +71,9 @@ class Direct:
         update = stream.updates[position - 1]
         base = self._without(block, position - 1)
         here = {other.node: (other, part) for other, part in hidden if other.update == position - 1}
-        if len(here) == len(update.contributions) and all(part == "all" for _, part in here.values()):
+        whole = len(here) == len(update.contributions) and all(part == "all" for _, part in here.values())
+        after = self.values[update.after]
+        if whole and base.shape == after.shape and base.dtype == after.dtype:
             return base
         replaced = {update.before: base, **{c.node: self.values[c.node] for c in update.contributions}}
         for node, (other, part) in here.items():

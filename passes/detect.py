@@ -18,6 +18,7 @@ Steps
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -266,8 +267,7 @@ def _label(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """``L['self']._modules['model'].layers.3.mlp`` -> ``model.layers.3.mlp``."""
-    for prefix in ("L['self'].", "L['fn'].", "L['args'][0].", "L['self']"):
-        path = path.removeprefix(prefix)
+    path = re.sub(r"^L\['\w+'\](\.__self__|\[\d+\])*\.?", "", path)
     return path.replace("_modules['", "").replace("']", "").replace("._orig_mod", "")
 
 

@@ -43,6 +43,11 @@ Recipe = Union[Node, Copy, Call, None]
 _KEPT_META = ("example_value", "val", "nn_module_stack", "stack_trace", "source_fn_stack")
 
 
+def like(recipe: Recipe) -> Node:
+    """A node of the same shape and dtype."""
+    return recipe if isinstance(recipe, Node) else recipe.node if isinstance(recipe, Copy) else recipe.like
+
+
 class Builder:
     """Realizes recipes before ``anchor``; equal recipes become one node."""
 

@@ -24,11 +24,13 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from .dataflow import Dataflow, op_name, value_inputs, written_arguments
+from .dataflow import Dataflow, op_name, value_inputs, value_of, written_arguments
 from .detect import Block, Blocks, Layer
+from .operations import CASTS, VIEWS
 from .reasons import Reason
-from .recipe import Builder, ContractBroken, Copy, Recipe, drops
-from .residual import Stream
+from .recipe import Builder, ContractBroken, Copy, Recipe, drops, like
+from .residual import Stream, Update
+from .sums import sum_of
 from .terms import Terms
 from .update import Undefined, evaluate
 
@@ -170,13 +172,33 @@ def _without(stream: Stream, position: int, hidden: tuple[tuple[Block, str], ...
     flow, update = stream.flow, stream.updates[position - 1]
     base = _without(stream, position - 1, hidden)
     here = {block.node: (block, part) for block, part in hidden if block.update == position - 1}
-    if len(here) == len(update.contributions) and all(part == "all" for _, part in here.values()):
+    if len(here) == len(update.contributions) and all(part == "all" for _, part in here.values()) \
+            and _same_layout(flow, update, base):
         return base
     changed: dict[Node, Recipe] = {update.before: base}
     for contribution in update.contributions:
         block, part = here.get(contribution.node, (None, None))
         changed[contribution.node] = contribution.node if block is None else None if part == "all" else _kept(flow, block)
     return evaluate(flow, update.after, changed)
+
+
+def _same_layout(flow: Dataflow, update: Update, base: Recipe) -> bool:
+    """Whether the state before an update can stand for the one after it. Where it is viewed or cast in between, U without
+    the contribution does that and nothing else.
+
+    Raises:
+        Undefined: it also scales or mixes, so there is no earlier state of that layout.
+    """
+    have, want = value_of(like(base)), value_of(update.after)
+    same = have.dtype == want.dtype and have.dim() == want.dim() and all(
+        p == q for p, q in zip(have.shape, want.shape) if isinstance(p, int) and isinstance(q, int))
+    more = next((n for n in flow.members(_of_update(flow, update)) if op_name(n) not in VIEWS | CASTS
+                 and sum_of(n) is None), None)
+    if not same and more is not None:
+        raise Undefined(Reason("layout", f"{update.before.name}, the residual stream before {update.add.name}, has another "
+                               f"shape or dtype than after it, and {more.name} ({op_name(more)}) changes more than that, so "
+                               "it cannot be read in its place", node=update.add.name))
+    return same
 
 
 def _kept(flow: Dataflow, block: Block) -> Recipe:

@@ -15,7 +15,7 @@ from torch.fx import Node
 from .dataflow import Dataflow, op_name, value_inputs, value_of, written_arguments
 from .operations import CASTS, LINEAR_MAPS, VIEWS
 from .reasons import Reason
-from .recipe import Call, Copy, Recipe
+from .recipe import Call, Copy, Recipe, like
 from .sums import argument, left_over, sum_of
 
 # Nothing in, nothing out: linear in the operand that is left out.
@@ -92,7 +92,7 @@ def _affine(node: Node, name: str) -> bool:
 
 def shaped(recipe: Recipe, node: Node) -> Recipe:
     """``recipe`` in the dtype of ``node``; promotion by the term that is gone must not be lost."""
-    have, want = value_of(_like(recipe)), value_of(node)
+    have, want = value_of(like(recipe)), value_of(node)
     if not isinstance(have, torch.Tensor) or not isinstance(want, torch.Tensor):
         return recipe
     if have.dim() != want.dim() or any(p != q for p, q in zip(have.shape, want.shape)
@@ -100,10 +100,6 @@ def shaped(recipe: Recipe, node: Node) -> Recipe:
         raise Undefined(Reason("update_not_linear", f"{node.name} broadcasts the residual stream against the "
                                "contribution, so it has another shape without it", node=node.name))
     return recipe if have.dtype == want.dtype else Call("to", (recipe, want.dtype), node, method=True)
-
-
-def _like(recipe: Recipe) -> Node:
-    return recipe if isinstance(recipe, Node) else recipe.node if isinstance(recipe, Copy) else recipe.like
 
 
 def _readable(flow: Dataflow, node: Node) -> Node:
