@@ -45,8 +45,8 @@ def one_graph(model: nn.Module) -> AbstractContextManager:
 
 def prepare(model: nn.Module) -> Callable[[], AbstractContextManager]:
     """The scope for many calls of one model: looks at its modules once."""
-    loops = {kind: every for kind in {type(module) for module in model.modules()}
-             if (every := forward_over_every_expert(kind)) is not None}
+    counted = {type(module) for module in model.modules() if isinstance(getattr(module, "num_experts", None), int)}
+    loops = {kind: every for kind in counted if (every := forward_over_every_expert(kind)) is not None}
 
     @contextmanager
     def scope() -> Iterator[None]:
@@ -126,7 +126,8 @@ def over_every_expert(forward: Callable | None) -> Callable | None:
 
 def _loop_over_hits(definition: ast.FunctionDef) -> ast.Assign | None:
     """The assignment ``hit = torch.greater(mask.sum(...), 0).nonzero()``, if one loop over ``hit`` is all that uses it,
-    and what the loop takes of the tokens comes from ``torch.where(mask[...])`` and goes to ``index_add_``."""
+    and what the loop takes of the tokens comes from ``torch.where(mask[...])`` and goes to ``index_add_``. The loop
+    must use what it runs over as an index only."""
     for node in ast.walk(definition):
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             continue
@@ -138,7 +139,11 @@ def _loop_over_hits(definition: ast.FunctionDef) -> ast.Assign | None:
         uses = [n for n in ast.walk(definition) if _is_name(n, hit) and isinstance(n.ctx, ast.Load)]
         if len(loops) != 1 or len(uses) != 1:
             continue
-        calls = [n for n in ast.walk(loops[0]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+        inside = list(ast.walk(loops[0]))
+        if not isinstance(loops[0].target, ast.Name) or any(
+                isinstance(n, ast.Attribute) and _is_name(n.value, loops[0].target.id) for n in inside):
+            continue
+        calls = [n for n in inside if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
         picks = [n for n in calls if n.func.attr == "where" and len(n.args) == 1 and mask in _names(n.args[0])]
         adds = [n for n in calls if n.func.attr == "index_add_"]
         if len(picks) == 1 and len(adds) == 1:
@@ -148,7 +153,8 @@ def _loop_over_hits(definition: ast.FunctionDef) -> ast.Assign | None:
 
 def _counted(value: ast.expr) -> str | None:
     """mask, of ``torch.greater(mask.sum(...), 0).nonzero()`` or ``(mask.sum(...) > 0).nonzero()``."""
-    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "nonzero"):
+    if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "nonzero"
+            and not value.args and not value.keywords):
         return None
     above = value.func.value
     if isinstance(above, ast.Call) and isinstance(above.func, ast.Attribute) and above.func.attr == "greater":

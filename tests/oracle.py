@@ -68,7 +68,7 @@ def oracle(family: str, model: nn.Module, inputs: dict, connectivity: str,
 
     record, first = Record(shape, model, inputs), 0
     for stack in stacks:
-        R = walk(shape, record, stack, READS[connectivity], {k - first for k in converted})
+        R = shape.walk(shape, record, stack, READS[connectivity], {k - first for k in converted})
         record, first = record.going_on(stack[-1], R), first + len(stack)
     return record.logits
 
@@ -95,6 +95,25 @@ def walk(shape: "Shape", record: "Record", layers: list["Layer"], reads: tuple[s
         contribution = contribute(shape, layer, record, R_before_mixer if outdated else before_mlp)
         R = shape.update(layer.mlp, MLP, before_mlp, add_parts(contribution, R.dtype))
     return third_block(shape, record, layers[-1], R, R)[1]
+
+
+def walk_normed(shape, record, layers, reads, converted) -> Tensor:
+    """minimax: the norms stand in the stream, R' = norm(a R + b attention(R)); the next layer's ends a layer."""
+    attention_reads, mlp_reads = reads
+    R, before_mlp = layers[0].mlp.input_layernorm(record.input_of(layers[0])), None
+    for k, (layer, _) in enumerate(layers):
+        A = R
+        if k and {k - 1, k} <= converted and attention_reads != "full":
+            empty = before_mlp * layers[k - 1].mlp.mlp_alpha_factor  # no shared expert: nothing is ready
+            A = before_mlp if attention_reads == "outdated" else layer.input_layernorm(empty)
+        mixed = record.calls[layer.self_attn].repeat(A)[0]
+        before_attention = R
+        before_mlp = layer.post_attention_layernorm(R * layer.attn_alpha_factor + mixed * layer.attn_beta_factor)
+        x = before_attention if k in converted and mlp_reads == "outdated" else before_mlp
+        R = before_mlp * layer.mlp_alpha_factor + layer.mlp(x) * layer.mlp_beta_factor
+        if k + 1 < len(layers):
+            R = layers[k + 1].mlp.input_layernorm(R)
+    return R
 
 
 def layer_kinds(family: str, model: nn.Module) -> list[dict]:
@@ -280,6 +299,41 @@ def add_normed(attention: str, mlp: str):  # sandwich: R + postnorm(f)
     return update
 
 
+def add_normed_moe(holder, block, state, contribution):  # axk1: the norm is inside the MoE block, after the sum
+    post_norm = getattr(holder.mlp, "post_mlp_layernorm", None) if block == MLP else None
+    if contribution is not None and post_norm is not None:
+        contribution = post_norm(contribution)
+    return add(holder, block, state, contribution)
+
+
+def add_scaled_by_depth(holder, block, state, contribution):  # beam: sandwich norms, and the skip path shrinks too
+    count = holder.attn_residual_add_idx if block == ATTENTION else holder.mlp_residual_add_idx
+    kept = state * ((count - 1) / count) ** 0.5
+    if contribution is None:
+        return kept
+    post_norm = holder.post_attention_layernorm if block == ATTENTION else holder.post_feedforward_layernorm
+    return kept + post_norm(contribution) * count ** -0.5
+
+
+def gate_and_add(holder, block, state, contribution):  # muse_spark: sandwich norms, and learned weights for both sides
+    name = "attention" if block == ATTENTION else "feedforward"
+    gate = holder.get_submodule(f"post_{name}_residual_gate")
+    if contribution is None:
+        return gate(state, torch.zeros_like(state))
+    return gate(state, holder.get_submodule(f"post_{name}_layernorm")(contribution))
+
+
+def collapse_alone(shape, holder, block, state):  # hy_v4: the streams are not mixed with each other
+    return norm(shape, holder, block, hyper_connection(holder, block)(state)[1])
+
+
+def expand_alone(holder, block, state, contribution):
+    if contribution is None:
+        return state
+    post, _ = hyper_connection(holder, block)(state)
+    return post.unsqueeze(-1) * contribution.unsqueeze(-2) + state
+
+
 def hyper_connection(holder, block):
     return holder.attn_hc if block == ATTENTION else holder.ffn_hc
 
@@ -437,6 +491,13 @@ def all_routed(shape, holder, x, record):
     return record.calls[holder.get_submodule(shape.mlp)].repeat(x), None
 
 
+def biased_router(name: str):
+    def split(shape, holder, x, record):
+        moe = holder.get_submodule(shape.mlp)
+        return route(shape, moe, x, getattr(moe, name)), None
+    return split
+
+
 def shared_beside(shape, holder, x, record):  # granite: the shared MLP is a sibling of the MoE block
     moe = holder.get_submodule(shape.mlp)
     return route(shape, moe, x), None if holder.shared_mlp is None else holder.shared_mlp(x)
@@ -494,6 +555,7 @@ class Shape:
     experts: str = "experts"             # a layer without this attribute is dense
     shared: str | None = "shared_experts"
     split: Callable = common
+    walk: Callable = walk
     read: Callable = norm
     update: Callable = add
     first_mixer: Callable = no_mixer     # holder -> a mixer in front of the attention
@@ -625,6 +687,22 @@ TWO_STREAM_SHAPES = {  # encoder and decoder; a decoder layer has two mixers
                                  mlp_inside=lambda block: block.layer[-1],
                                  second_mixer=cross_attention("layer.1.EncDecAttention", "layer.1.layer_norm")),
 }
+MORE_SHAPES = {  # of tests/more_families.py
+    "axk1": Shape(nonlinear=POST_NORM, update=add_normed_moe),
+    "beam": Shape(mlp_norm="pre_feedforward_layernorm", update=add_scaled_by_depth, **SCALED_ROUTED),
+    "dots1": Shape(),
+    "hunyuan_v1_moe": Shape(shared="shared_mlp"),
+    "hy_v4": Shape(read=collapse_alone, update=expand_alone),
+    "kimi_linear": Shape(),
+    "lfm2_moe": Shape(mixers=("self_attn", "conv"), mlp="feed_forward", attention_norm="operator_norm",
+                      mlp_norm="ffn_norm", split=biased_router("expert_bias")),
+    "minimax": Shape(walk=walk_normed),
+    "minimax_m2": Shape(split=biased_router("e_score_correction_bias")),
+    "muse_spark": Shape(mlp_norm="pre_feedforward_layernorm", update=gate_and_add, split=all_routed),
+    "phimoe": Shape(router="router"),
+    "qwen3_5_moe": Shape(**QWEN_GATED),
+    "solar_open": Shape(),
+}
 SHAPES = {**PLAIN_SHAPES, **LINEAR_SHAPES, **PARALLEL_SHAPES, **SANDWICH_SHAPES, **HYPER_SHAPES, **TWO_STREAM_SHAPES}
 
 PLAIN = tuple(PLAIN_SHAPES)
@@ -654,6 +732,7 @@ NOT_PLAIN = {
 
 
 def shape_of(family: str) -> Shape:
-    if family not in SHAPES:
-        raise Undefined(NOT_PLAIN.get(family, f"no oracle was written for {family}"))
-    return SHAPES[family]
+    found = SHAPES.get(family) or MORE_SHAPES.get(family)
+    if found is None:
+        raise Undefined(f"no oracle was written for {family}")
+    return found

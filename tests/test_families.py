@@ -21,15 +21,15 @@ def codes(outcomes: dict[str, table.Outcome]) -> dict[str, str]:
     return {connectivity: outcome.code for connectivity, outcome in outcomes.items()}
 
 
-# Their attention is two products, so cross-attention, whose keys do not come from this stream, is taken for an MLP.
-CROSS_ATTENTION = ("nllb_moe", "switch_transformers")
-CASES = [pytest.param(family, marks=pytest.mark.xfail(strict=False, reason="cross-attention is taken for an MLP"))
-         if family in CROSS_ATTENTION else family for family in families.FAMILIES]
+# Its update weighs the contribution by a gate made from the stream: now of the state that is read, but it should be the
+# one that is updated.
+GATE = pytest.param("hy_v4", marks=pytest.mark.xfail(strict=False, reason="gate of the state that is read"))
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [GATE if family == "hy_v4" else family for family in table.EVERY_FAMILY])
 def test_exact_or_refused_as_documented(family):
     outcomes = table.measure(family)
+    assert not [outcome.text for outcome in outcomes.values() if outcome.code == "wrong"]
     if family in reference.PLAIN:
         assert codes(outcomes) == ALL_EXACT, outcomes
     assert table.row(family, outcomes) == table.committed()[family], outcomes
@@ -37,7 +37,7 @@ def test_exact_or_refused_as_documented(family):
 
 def test_the_document_is_generated():
     assert table.DOCUMENT.read_text() == table.document(list(table.committed().values()))
-    assert list(table.committed()) == families.FAMILIES
+    assert list(table.committed()) == table.EVERY_FAMILY
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (0, 2), (2,)])

@@ -43,7 +43,7 @@ def test_every_family_is_classified():
     assert set(O.DEFINED) - set(O.PLAIN) <= set(O.NOT_PLAIN)
 
 
-@pytest.mark.parametrize("family", O.DEFINED)
+@pytest.mark.parametrize("family", [*O.DEFINED, *O.MORE_SHAPES])
 def test_none_is_the_model(family):
     assert difference(run(family, "none"), original(family)) <= TOLERANCE
     for connectivity in O.READS:
