@@ -97,9 +97,12 @@ class Mlp(nn.Module):
         y = self.dense(x)
         return torch.sigmoid(self.gate(x)) * y if self.spec.shared == "gated" else y
 
-    def routed(self, x):
-        """(tokens, width) -> (tokens, width)."""
-        scores, kind = self.router(x).softmax(-1), self.spec.mlp
+    def routed(self, x, seen=None):
+        """(tokens, width) -> (tokens, width); the router's logits go to the list ``seen``."""
+        logits, kind = self.router(x), self.spec.mlp
+        scores = logits.softmax(-1)
+        if seen is not None:
+            seen.append(logits)
         if kind == "top1":
             best, index = scores.max(dim=-1)
             return best.unsqueeze(-1) * torch.einsum("th,tho->to", x, self.w1[index])
