@@ -76,6 +76,11 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
             "no_moe", f"none of the {count} layers has a router and experts; connectivity "
             f"{', '.join(map(repr, sparse))} hides the exchanges of MoE blocks (a dense model can use 'ladder', or one "
             "of your own that is registered with dense=True)"), part=True)
+    if blocks.idle and (dense := sorted(config.names & DENSE)):
+        return _leave(report, where, gm, Reason(
+            "several_streams", f"{len(blocks.idle)} more residual stream(s), of {blocks.idle[0].states[0].name} for one, have "
+            f"no experts (a vision tower?), and connectivity {', '.join(map(repr, dense))} is for dense layers too; use "
+            "'farskip', or compile the decoder alone"), part=True)
     names = config.of_layers(count)
     with _timed(report, "rewire"):
         result = rewire(gm.graph, blocks, layers=config.indices(count),

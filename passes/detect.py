@@ -83,6 +83,7 @@ class Blocks:
     layers: tuple[Layer, ...]
     streams: tuple[Stream, ...]
     tail: tuple[Block, ...] = ()     # after the last layer; they read as the model has it
+    idle: tuple[Stream, ...] = ()    # streams without layers: no experts in them, but in others
 
     @property
     def flow(self) -> Dataflow:
@@ -144,18 +145,16 @@ def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "no_router", f"{_where(block)} has stacked or repeated expert weights, but no router that chooses among "
                 "them was found in this branch", node=block.node.name))
-    if moe:
-        classified = [blocks for blocks in classified if any(b.kind == "moe" for b in blocks)]
-    else:
-        classified = [max(classified, key=len)]
-    layers, tail = [], []
+    chosen = [blocks for blocks in classified if any(b.kind == "moe" for b in blocks)] or [max(classified, key=len)]
+    idle = tuple(blocks[0].stream for blocks in classified if blocks not in chosen)
+    classified, layers, tail = chosen, [], []
     for blocks in classified:
         found = _group(_mixer_first(blocks), len(layers), moe)
         if isinstance(found, NoBlocks):
             return found
         layers += found[0]
         tail += found[1]
-    return Blocks(layers=tuple(layers), streams=tuple(streams), tail=tuple(tail))
+    return Blocks(layers=tuple(layers), streams=tuple(streams), tail=tuple(tail), idle=idle)
 
 
 def _mixer_first(blocks: list[Block]) -> list[Block]:

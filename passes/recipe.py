@@ -94,11 +94,11 @@ class Builder:
         with self.graph.inserting_before(node):
             ones = self.graph.call_function(torch.ones_like, (source,))
             mask = self.graph.node_copy(node, lambda n: ones if n is source else n)
-            dropped = self.graph.call_function(operator.mul, (source, mask))
-        ones.meta, mask.meta, dropped.meta = dict(source.meta), dict(node.meta), dict(node.meta)
-        node.replace_all_uses_with(dropped)
-        self.added += 3
-        self.masks[node] = self.masks[dropped] = mask
+        ones.meta, mask.meta = dict(source.meta), dict(node.meta)
+        # The dropout itself becomes the product with its mask; the node stays what others know it by.
+        node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (source, mask), {}
+        self.added += 2
+        self.masks[node] = mask
         return mask
 
 

@@ -420,13 +420,13 @@ class Squared(Moe):
         return total * total
 
 
-class Dropped(Moe):
+class NormedSum(Moe):
     def forward(self, x):
-        return F.dropout(self.routed(x) + self.shared(x), 0.5, training=True)
+        return F.layer_norm(self.routed(x) + self.shared(x), (WIDTH,))
 
 
 @pytest.mark.parametrize("moe", each(
-    Dropped, hole(GroupedPostNorm, "the sum is viewed by groups, so its width is not the stream's: not seen as a sum"),
+    NormedSum, hole(GroupedPostNorm, "the sum is viewed by groups, so its width is not the stream's: not seen as a sum"),
     hole(Squared, "h * h has one operand node, so it counts as linear in h")))
 def test_undefined_is_refused(moe):
     assert isinstance(safe(Decoder(*[lambda: Layer(moe)] * 2), want=torch.zeros(())), fs.RefusedError)
@@ -841,7 +841,7 @@ def test_apply(model):
 
 def test_apply_with_suppressed_errors():
     with torch._dynamo.config.patch(suppress_errors=True):
-        applied(Decoder(*[lambda: Layer(Dropped)] * 3))
+        applied(Decoder(*[lambda: Layer(NormedSum)] * 3))
 
 
 class UnusedFirst(Decoder):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import FileCheck
 
+import farskip_fx as fs
 from farskip_fx.connectivity import CONNECTIVITIES
 from farskip_fx.passes.dataflow import Dataflow
 from farskip_fx.passes.detect import NoBlocks, detect, is_busy
@@ -193,3 +194,37 @@ def test_in_place_arithmetic_becomes_plain_only_where_that_is_the_same():
     x = torch.randn(3, 2)
     got, want = gm(x.clone()), Writes()(x.clone())
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_the_copy_of_a_dropout_drops_the_same_elements():
+    """Training: s + dropout(routed + shared); the read without the routed part is s + mask * shared."""
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.program = Program((MOE, MOE), 0)
+
+        def forward(self, ids):
+            state = self.program.embed(ids)
+            for layer in self.program.layers:
+                state = state + layer.attention(state)
+                routed, shared = layer.mlp.parts(layer.ffn_input(state))
+                state = state + F.dropout(routed + shared, 0.5)
+            return self.program.head(state)
+
+        def define(self, ids):
+            reads = state = self.program.embed(ids)
+            for layer in self.program.layers:
+                outdated, state = state, state + layer.attention(reads)
+                routed, shared = layer.mlp.parts(layer.ffn_input(outdated))
+                mask = F.dropout(torch.ones_like(state), 0.5)
+                reads, state = state + mask * shared, state + mask * (routed + shared)
+            return self.program.head(state)
+
+    model = Dropping()
+    compiled = torch.compile(model, backend=fs.farskip_backend, options={"inner": "eager"})
+    with torch.no_grad():
+        torch.manual_seed(3)
+        want = model.define(IDS)
+        torch.manual_seed(3)
+        got = compiled(IDS)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
