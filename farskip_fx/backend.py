@@ -8,6 +8,7 @@ Also registered as ``backend="farskip"``.
 """
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.fx import GraphModule
 from . import frame, inner, marker
 from .config import FarskipConfig, merge
 from .connectivity import DENSE, ask
-from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError
+from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError, WrongConnectivityError
 from .passes.dataflow import op_name
 from .passes.detect import NoBlocks, detect, is_busy
 from .passes.normalize import normalize
@@ -44,6 +45,7 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
         NoMoEError: nothing to rewire in this model.
         RefusedError: a requested layer cannot be rewired; names it and says why.
         SplitModelError: a graph break left only a part of the layers in this graph.
+        WrongConnectivityError: a KV cache that something else filled comes in.
     """
     where = frame.compiling()
     marked = marker.consume(gm.graph)
@@ -82,6 +84,11 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
             f"no experts (a vision tower?), and connectivity {', '.join(map(repr, dense))} is for dense layers too; use "
             "'farskip', or compile the decoder alone"), part=True)
     names = config.of_layers(count)
+    if not report.marked and where.continues_unknown_cache(json.dumps(config.saved())):
+        _refuse(config, WrongConnectivityError, f"{where.name!r} continues a KV cache that was not filled by this "
+                "compiled model: the cached tokens would have another connectivity than the new ones. generate with a "
+                "compile_config does this (it compiles the decoding step and not the prefill), and so does a prefill by "
+                "the original model. Use farskip_fx.apply(model), or begin the sequence with the compiled model")
     with _timed(report, "rewire"):
         result = rewire(gm.graph, blocks, layers=config.indices(count),
                         connectivity=lambda layer, earlier: ask(names[layer.index], layer, earlier))
@@ -101,17 +108,17 @@ def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, 
     """Leave a graph as it is: an error where it holds (a part of) the model, silence where it is something else."""
     report.unchanged = reason
     config = report.config
-    broken = where.resumed or getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
+    broken = where.break_of(gm)
     found = set(_telling_operations(gm))
     if not (part or found or report.marked or where.owns_layers and not where.resumed):
         return
     if report.marked and not found:
         _refuse(config, SplitModelError, f"graph {where.name!r} has the input of a converted model and none of its layers "
-                f"({reason}): they would run with their original connectivity. Remove what breaks the graph or keeps the "
-                "layers out of it (run with TORCH_LOGS=graph_breaks), or pass strict=False" + where.hint)
+                f"({reason}): they would run with their original connectivity. {broken}Remove what breaks the graph or "
+                "keeps the layers out of it (run with TORCH_LOGS=graph_breaks), or pass strict=False" + where.hint)
     elif broken or reason.code == "fragment":
-        _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). Decoder "
-                "layers would be missing from the rewiring. Remove the graph break (run with "
+        _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). {broken}"
+                "Decoder layers would be missing from the rewiring. Remove the graph break (run with "
                 "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, turn gradient "
                 "checkpointing off, or pass strict=False to run the original connectivity" + where.hint)
     elif reason.code == "no_moe" or reason.code == "no_stream" and not found & _ROUTES:
@@ -119,7 +126,7 @@ def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, 
                 "mixture-of-experts layers, use connectivity='none', or pass strict=False to leave it as it is")
     else:
         _refuse(config, RefusedError, f"this model cannot be rewired as {config.connectivity!r}: {reason}. Use "
-                "connectivity='none' (overlap only), or pass strict=False to leave it as it is")
+                "connectivity='none' (overlap only), or pass strict=False to leave it as it is" + where.hint)
 
 
 def _refuse(config: FarskipConfig, error: type[Exception], text: str) -> None:

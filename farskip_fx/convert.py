@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,6 +13,8 @@ from .backend import agree, farskip_backend
 from .config import FarskipConfig, merge
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
 from .marker import mark
+from .passes._torch import ignored_in_graphs
+
 
 class Converted:
     """A forward that only runs through the farskip backend.
@@ -27,6 +31,7 @@ class Converted:
             return forward(*args, **kwargs)
 
         self.config = config
+        self.disable_compile = None     # what the model's generation_config said before
         # Isolated: every conversion runs this same code object, and must not use up another one's recompiles.
         self._compiled = torch.compile(marked, backend=farskip_backend, options=config.to_dict(), dynamic=dynamic,
                                        isolate_recompiles=True)
@@ -36,13 +41,24 @@ class Converted:
             raise WrongConnectivityError(
                 "this is a copy of a model that was converted with farskip_fx.apply, or one read back from a pickle: "
                 "the compiled forward did not travel with it. Call farskip_fx.apply(model) on it")
-        return self._compiled(*args, **kwargs)
+        if torch.compiler.is_exporting():
+            raise WrongConnectivityError(
+                "torch.export of a model converted with farskip_fx: an exported program does not go through the "
+                "farskip backend, so it would hold the ORIGINAL connectivity. There is no export of a converted model; "
+                "undo the conversion with farskip_fx.remove(model) to export the original")
+        if torch.compiler.is_compiling():       # inside another torch.compile: its backend answers for the marker
+            return self._compiled(*args, **kwargs)
+        install_capture_hooks(args[0] if args and isinstance(args[0], nn.Module) else
+                              getattr(self.__wrapped__, "__self__", None), kwargs)
+        # A warning on the way (PyTorch's create_block_mask has one) is no reason to split the model over two graphs.
+        with ignored_in_graphs(warnings.warn):
+            return self._compiled(*args, **kwargs)
 
     def __get__(self, instance, owner=None):
         return self if instance is None else functools.partial(self, instance)
 
     def __getstate__(self) -> dict:
-        return {"config": self.config, "_compiled": None}
+        return {"config": self.config, "disable_compile": self.disable_compile, "_compiled": None}
 
 
 def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynamic: bool | None = None,
@@ -52,6 +68,8 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     Replaces the forward of the module that owns the decoder layers by a compiled one, and marks its input: eager
     execution, or another backend, then raises instead of running the original connectivity. The choice is kept in
     ``model.config.farskip`` and saved with the checkpoint; on a reloaded checkpoint ``apply(model)`` needs no options.
+    ``generate`` is told not to compile the model a second time (``model.generation_config.disable_compile``), which it
+    does by itself on a GPU with a static cache.
 
     Args:
         model: a model with a list of decoder layers, Hugging Face or not.
@@ -80,6 +98,10 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     owner.forward = Converted(owner.forward, chosen, dynamic=dynamic)
     for holder in settings:
         holder.farskip = chosen.saved()
+    generation = getattr(model, "generation_config", None)
+    if hasattr(generation, "disable_compile"):
+        owner.forward.disable_compile = generation.disable_compile
+        generation.disable_compile = True
     return model
 
 
@@ -97,6 +119,8 @@ def remove(model: nn.Module) -> nn.Module:
     for holder in (getattr(model, "config", None), getattr(owner, "config", None)):
         if getattr(holder, "farskip", None) is not None:
             del holder.farskip
+    if hasattr(getattr(model, "generation_config", None), "disable_compile"):
+        model.generation_config.disable_compile = current.disable_compile
     return model
 
 
@@ -112,6 +136,30 @@ def farskip(config: FarskipConfig | dict | None = None, **options) -> Callable:
         raise ConfigError("use @farskip_fx.farskip() with parentheses")
     chosen = FarskipConfig.from_dict(_options(config, options))
     return lambda forward: Converted(forward, chosen)
+
+
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def install_capture_hooks(module: nn.Module | None, kwargs: dict) -> None:
+    """Install transformers' output hooks if this call asks for hidden states, attentions or router logits.
+
+    transformers does it inside the first such forward and under a lock, which breaks the graph in front of the layers.
+    Not earlier than asked for: a hooked model cannot be pickled.
+    """
+    library = sys.modules.get("transformers.utils.output_capturing")
+    if library is None or module is None:
+        return
+    config = getattr(module, "config", None)
+    names = {*_OUTPUTS, *(name for name in kwargs if name.startswith("output_"))}
+    if not any(kwargs.get(name, getattr(config, name, False)) for name in names):
+        return
+    from transformers import PreTrainedModel
+    found = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+    for one in found:
+        # Innermost only: a model installs the hooks of those inside it too, and does not look whether they are there.
+        if not any(isinstance(m, PreTrainedModel) and m is not one for m in one.modules()):
+            library.maybe_install_capturing_hooks(one)
 
 
 def _options(config: FarskipConfig | dict | None, options: dict) -> dict:

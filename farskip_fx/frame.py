@@ -1,16 +1,30 @@
 """Which Python frame Dynamo is compiling while it calls a backend.
 
 A backend gets a graph and nothing else, but some safety checks need to know more: is this the rest of a frame after a
-graph break, and does the module carry a saved connectivity (``module.config.farskip``)?
+graph break, and where was that; does the module carry a saved connectivity (``module.config.farskip``); was the KV
+cache that comes in filled by this conversion?
 """
 from __future__ import annotations
 
 import copy
+import os
+import weakref
 from dataclasses import dataclass
 
 from torch import nn
+from torch.fx import GraphModule
 
 from .passes._torch import current_translator, guard_that
+
+# Which conversions (their saved fields) have compiled a graph of this module that began without a filled cache.
+_BEGAN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+# What to do about breaks that are not in the user's code.
+_ADVICE = {
+    "output_capturing.py": "transformers installs its output hooks inside the first forward that asks for router "
+    "logits, hidden states or attentions: use farskip_fx.apply(model), which does it before, or call the model once with "
+    "that option before compiling it",
+}
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,8 @@ class Frame:
     name: str
     module: nn.Module | None
     resumed: bool           # the rest of a frame after a graph break
+    file: str = ""
+    filled_cache: bool = False      # a KV cache comes in that holds tokens
 
     @property
     def saved(self) -> dict | None:
@@ -39,12 +55,48 @@ class Frame:
     @property
     def hint(self) -> str:
         """What is known to break the graph of such a module, for the end of an error message; empty if nothing is."""
-        modules = self.module.modules() if self.module is not None else ()
+        modules = list(self.module.modules()) if self.module is not None else []
         kinds = {f"{type(m).__module__}.{type(m).__name__}" for m in modules}
         if "peft.tuners.lora.layer.ParamWrapper" in kinds:
             return (". Here PEFT adapters on parameters (target_parameters) break it: call "
                     "farskip_fx.lora.traceable(model) after get_peft_model, or model.merge_and_unload()")
+        if any(getattr(c, "_attn_implementation", None) == "flex_attention" for c in self.configs):
+            return (". Here flex attention breaks it, which warns while it builds the mask: use "
+                    "farskip_fx.apply(model), which skips the warning, or add warnings.warn to "
+                    "torch._dynamo.config.ignore_logging_functions")
+        if any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules):
+            return (". Here gradient checkpointing hides the layers: turn it off "
+                    "(model.gradient_checkpointing_disable())")
         return ""
+
+    def break_of(self, gm: GraphModule) -> str:
+        """A sentence: where and why the graph breaks, and what helps; empty if it does not break."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if getattr(reason, "graph_break", False):
+            at = reason.user_stack[-1] if reason.user_stack else None
+            file = os.path.basename(at.filename) if at is not None else ""
+            place = f" at {file}:{at.lineno} in {at.name}" if at is not None else ""
+            lines = [line.strip() for line in reason.reason.splitlines() if line.strip()]
+            why = "; ".join(line for line in lines[:2] if not line.startswith("Hint"))
+            text = f"The graph breaks{place}: {why.rstrip('.')}"
+        elif self.resumed:
+            file = os.path.basename(self.file)
+            text = f"The graph breaks at {file}:{self.name.rpartition('_at_')[2]}"
+        else:
+            return ""
+        return text + (f" ({_ADVICE[file]}). " if file in _ADVICE else ". ")
+
+    def continues_unknown_cache(self, conversion: str) -> bool:
+        """Whether a filled KV cache comes in before this conversion of this module ever began a sequence.
+
+        Then something else filled it, most likely the original model.
+        """
+        if self.module is None:
+            return False
+        began = _BEGAN.setdefault(self.module, set())
+        if not self.filled_cache:
+            began.add(conversion)
+        return conversion not in began
 
 
 def compiling() -> Frame:
@@ -55,10 +107,39 @@ def compiling() -> Frame:
     translator = current_translator()
     if translator is None:
         return Frame(name="<called directly>", module=None, resumed=False)
-    name = translator.f_code.co_name
-    owner = next((v for v in translator.output.local_scope.values() if isinstance(v, nn.Module)), None)
-    where = Frame(name=name, module=owner, resumed=name.startswith("torch_dynamo_resume_in"))
+    name, scope = translator.f_code.co_name, translator.output.local_scope
+    # A bound method: the forward that ``apply`` closes over.
+    modules = (v if isinstance(v, nn.Module) else getattr(v, "__self__", None) for v in scope.values())
+    owner = next((m for m in modules if isinstance(m, nn.Module)), None)
+    where = Frame(name=name, module=owner, resumed=name.startswith("torch_dynamo_resume_in"),
+                  file=translator.f_code.co_filename, filled_cache=any(map(_is_filled, _arguments(scope))))
     saved = [(c, copy.deepcopy(getattr(c, "farskip", None))) for c in where.configs]
     guard_that(translator, lambda: all(getattr(c, "farskip", None) == then for c, then in saved),
                "config.farskip is what this graph was compiled with")
     return where
+
+
+def _arguments(scope: dict):
+    """The values of a frame's locals, with what ``*args`` and ``**kwargs`` hold."""
+    for value in scope.values():
+        if isinstance(value, dict):
+            yield from value.values()
+        elif isinstance(value, tuple):
+            yield from value
+        else:
+            yield value
+
+
+def _is_filled(value) -> bool:
+    """Whether a value is a KV cache of transformers (a list of layers) that holds tokens already."""
+    layers = getattr(value, "layers", None)
+    if not isinstance(layers, list) or not hasattr(value, "get_seq_length"):
+        return False
+    return any(_holds_tokens(layer) for layer in layers)
+
+
+def _holds_tokens(layer) -> bool:
+    state = getattr(layer, "has_previous_state", None)
+    if isinstance(state, dict) and any(state.values()):
+        return True
+    return hasattr(layer, "get_seq_length") and bool(layer.get_seq_length() > 0)

@@ -19,8 +19,9 @@ def _marker(x: torch.Tensor, config: str) -> torch.Tensor:
     raise WrongConnectivityError(
         "this model was converted with farskip_fx, and here it would run with its ORIGINAL connectivity: eagerly, or "
         "through a compiler other than the farskip backend (a graph break, torch._dynamo.disable, a reached recompile "
-        "limit, TORCH_COMPILE_DISABLE, an outer torch.compile, or a copy or a reloaded pickle of the model). Call "
-        "farskip_fx.apply(model) again after copying or loading it, call it without an outer torch.compile, or undo "
+        "limit, TORCH_COMPILE_DISABLE, an outer torch.compile, generate with a generation config that does not say "
+        "disable_compile=True, or a copy or a reloaded pickle of the model). Call farskip_fx.apply(model) again after "
+        "copying or loading it, call it without an outer torch.compile, pass disable_compile=True to generate, or undo "
         f"the conversion with farskip_fx.remove(model). Its configuration: {config}")
 
 

@@ -33,6 +33,12 @@ def guard_that(translator, holds, text):
     translator.output.guards.add(GlobalStateSource().make_guard(farskip_guard))
 
 
+def ignored_in_graphs(function):
+    """A context in which Dynamo drops calls of ``function`` from what it traces (2.9); of this thread alone (2.13)."""
+    import torch._dynamo.config as dynamo_config
+    return dynamo_config.patch(ignore_logging_functions={*dynamo_config.ignore_logging_functions, function})
+
+
 # --- inner compilers: farskip_fx/inner.py ------------------------------------------------------------------------
 def compile_fx(gm, example_inputs, *, config_patches):
     """Inductor (2.0). Imported late: importing Inductor takes a second, and ``inner="eager"`` does not need it."""
