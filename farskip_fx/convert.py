@@ -5,11 +5,13 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from .backend import agree, farskip_backend
+from .capture import prepare
 from .config import FarskipConfig, merge
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
 from .marker import mark
@@ -31,6 +33,8 @@ class Converted:
             return forward(*args, **kwargs)
 
         self.config = config
+        owner = getattr(forward, "__self__", None)
+        self._scope = prepare(owner) if isinstance(owner, nn.Module) else nullcontext
         self.disable_compile = None     # what the model's generation_config said before
         # Isolated: every conversion runs this same code object, and must not use up another one's recompiles.
         self._compiled = torch.compile(marked, backend=farskip_backend, options=config.to_dict(), dynamic=dynamic,
@@ -51,14 +55,14 @@ class Converted:
         install_capture_hooks(args[0] if args and isinstance(args[0], nn.Module) else
                               getattr(self.__wrapped__, "__self__", None), kwargs)
         # A warning on the way (PyTorch's create_block_mask has one) is no reason to split the model over two graphs.
-        with ignored_in_graphs(warnings.warn):
+        with self._scope(), ignored_in_graphs(warnings.warn):
             return self._compiled(*args, **kwargs)
 
     def __get__(self, instance, owner=None):
         return self if instance is None else functools.partial(self, instance)
 
     def __getstate__(self) -> dict:
-        return {"config": self.config, "disable_compile": self.disable_compile, "_compiled": None}
+        return {"config": self.config, "disable_compile": self.disable_compile, "_compiled": None, "_scope": None}
 
 
 def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynamic: bool | None = None,
@@ -167,15 +171,33 @@ def _options(config: FarskipConfig | dict | None, options: dict) -> dict:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that owns the decoder layers: whose list of modules holds the most parameters."""
-    best, size = None, 0
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) > 1:
-                count = sum(p.numel() for p in child.parameters())
-                if count > size:
-                    best, size = module, count
-    if best is None:
+    """The module that owns the decoder layers.
+
+    Of several lists of modules: the one with experts, and the module around all of them where several have experts (an
+    encoder and a decoder); without experts the largest.
+    """
+    lists = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    if not lists:
         raise NoMoEError(f"no MoE found: {type(model).__name__} has no list of decoder layers (an nn.ModuleList with "
                          "two or more entries); compile its forward with @farskip_fx.farskip() instead")
-    return best
+    chosen = [name for name in lists if _has_experts(lists[name])]
+    chosen = chosen or [max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))]
+    owners = [name.split(".")[:-1] for name in chosen]
+    shared = 0
+    while all(len(o) > shared and o[shared] == owners[0][shared] for o in owners):
+        shared += 1
+    return model.get_submodule(".".join(owners[0][:shared]))
+
+
+def _has_experts(layers: nn.ModuleList) -> bool:
+    """Stacked weights, or a list of experts in a layer."""
+    for module in layers.modules():
+        if module is not layers and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
+            return True
+        convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if not convolves and any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            return True
+    return False

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import GraphModule
 
+from .capture import way_to_one_graph
 from .passes._torch import current_translator, guard_that
 
 # Which conversions (their saved fields) have compiled a graph of this module that began without a filled cache.
@@ -67,7 +68,8 @@ class Frame:
         if any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules):
             return (". Here gradient checkpointing hides the layers: turn it off "
                     "(model.gradient_checkpointing_disable())")
-        return ""
+        way = way_to_one_graph(self.module) if self.module is not None else None
+        return f". Here {way}" if way else ""
 
     def break_of(self, gm: GraphModule) -> str:
         """A sentence: where and why the graph breaks, and what helps; empty if it does not break."""

@@ -69,7 +69,11 @@ def _gates(flow, gate, x: Node, state: Node, skip: int, between: int, busy: int)
     if not _per_token(gate) and not content & busy and _reads_plainly(flow, x, state, content):
         return False                                # two token-wise factors: a gated MLP, or a gate on one?
     shared = flow.descendants(flow.bit(state), cone & content)
-    return not shared & ~skip
+    if not shared & ~skip:
+        return True
+    # Shared with the block, and yet a gate of the stream: the block reads a weighted sum of streams with it.
+    return _per_token(gate) and any(op_name(u) == "mul" and flow.bit(u) & content & ~shared and any(
+        _per_token(a) and flow.depends(a, state) for a in u.all_input_nodes) for u in state.users)
 
 
 def _per_token(node: Node) -> bool:

@@ -89,8 +89,9 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Seque
         edges += _redirect(builder, blocks, redirect)
     graph.lint()
     _check(blocks, [r for i in sorted(plan) for r in plan[i]])
-    reports = tuple(_report(layer, reads.get(layer.index), plan.get(layer.index, ()), layers, refused.get(layer.index))
-                    for layer in blocks.layers)
+    reports = tuple(_report(layer, reads.get(layer.index), plan.get(layer.index, ()), layers, refused.get(layer.index),
+                            begins=not i or blocks.layers[i - 1].mlp.stream is not layer.mlp.stream)
+                    for i, layer in enumerate(blocks.layers))
     return Rewired(layers=reports, edges=edges, nodes_added=builder.added)
 
 
@@ -315,9 +316,9 @@ def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
 
 # --- words ------------------------------------------------------------------------------------------------------
 
-def _report(layer: Layer, reads: Reads | None, done, layers, reason: Reason | None) -> LayerReport:
+def _report(layer: Layer, reads: Reads | None, done, layers, reason: Reason | None, *, begins: bool) -> LayerReport:
     k = layer.index
-    before = ("the embedding" if k == 0 else f"layer {k - 1} output", f"layer {k} attention output")
+    before = ("the embedding" if begins else f"layer {k - 1} output", f"layer {k} attention output")
     changed = {redirect.block for redirect in done}
     reads = Reads(attention=reads.attention if reads and changed & set(layer.leading) else (),
                   mlp=reads.mlp if reads and layer.mlp in changed else ())

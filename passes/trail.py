@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
 from .operations import CASTS
+from .routing import is_weight
 from .sums import Sum, argument, is_float, sum_of
 
 _SAME_ELEMENTS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
@@ -177,6 +178,8 @@ def _is_offset(flow: Dataflow, other: Node, trail: _Trail, trails: dict[Node, _T
     the stream itself once again."""
     known = trails.get(other)
     if known is not None and known.start is trail.start and known.root is trail.root:
+        return True
+    if is_weight(other):
         return True
     if flow.depends(other, trail.start):
         return _is_gate(flow, other, trail, busy) and not _alike(value_of(other), value_of(trail.start))

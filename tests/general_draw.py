@@ -13,6 +13,7 @@ from general_updates import ADDS, INPLACE, OPERATIONS, SCALES, STREAMS
 STRUCTURES = ("sequential", "parallel", "two_norms", "two_mixers", "cross", "third", "dense_first", "dense_beside",
               "moe_first", "shortcut", "mixers_only")
 _SCALAR = ("plain", "skip_scale", "layer_scalar", "post", "post_final", "after_norm")      # parallel blocks can have
+_RARE = ("unet", "concat", "times", "mixed_map")       # may be refused
 _MIXED_IN = ("x0", "x0_later", "unet")
 _COPIES = ("static_streams", "dynamic_streams")
 
@@ -20,7 +21,7 @@ _COPIES = ("static_streams", "dynamic_streams")
 def draw(choose) -> ProgramSpec:
     """One program."""
     often = lambda usual, others, n=3: choose([usual] * n + list(others))  # noqa: E731
-    stream = often("plain", STREAMS, 4)
+    stream = choose(["plain"] * 5 + [s for s in STREAMS if s not in _RARE] * 2 + list(_RARE))
     structure = often("sequential", STRUCTURES)
     plain = stream in _SCALAR
     if structure in ("parallel", "two_norms") and not plain:
@@ -30,7 +31,7 @@ def draw(choose) -> ProgramSpec:
     if stream in (*_COPIES, "skip_scale", "lerp", "highway_convex", "concat") and structure in (
             "dense_beside", "shortcut"):
         structure = "sequential"        # with whose scales would a block read a state that no other block reads?
-    count = choose([2, 3, 3, 4, 2, 3, 1] + [12] * (choose(range(12)) == 11))
+    count = choose([2, 3, 3, 4, 2, 3, 2, 3] + [1] * (choose(range(4)) == 3) + [12] * (choose(range(12)) == 11))
     hidden, writes = choose([False] * 5 + [True]), choose([False] * 15 + [True])
     extra = choose([""] * 20 + ["contribution", "state"][:1 if stream in _COPIES else 2])
     # Something else reads earlier states, which are not to be overwritten.
@@ -43,7 +44,9 @@ def draw(choose) -> ProgramSpec:
         share=often("", ("kv", "value", "topk") + ("router",) * (not layout.startswith("tbd")), 5),
         join=choose(["chain", "sum", "sum_reversed"]),
         hidden=hidden, writes=writes, tied=choose([False] * 11 + [True]), seed=choose(range(100)))
-    adds = [a for a in ADDS if not (keeps or writes) or a not in INPLACE]
+    unusual = choose([False] * 15 + [True])
+    adds = [a for a in ADDS if (unusual or a not in ("stack_sum", "out")) and not (
+        (keeps or writes) and a in INPLACE)]
     style = dict(add=often("plain", adds, 2), scale=often("one", SCALES, 3), cast_back=choose([True, False]),
                  input_gate=program.norm == "pre" and choose([False] * 9 + [True]),
                  sandwich=choose([False] * 9 + [True]))
@@ -51,16 +54,15 @@ def draw(choose) -> ProgramSpec:
     layers = []
     for k in range(count):
         kind = structure if choose([True, True, True, False]) or not plain else choose(["sequential", structure])
-        layers.append(_layer(choose, kind, style, dense=k < dense_first, extra=extra, keeps=keeps or writes,
-                             layout=layout, share=program.share))
+        layers.append(_layer(choose, kind, style, dense=k < dense_first, extra=extra, adds=adds, layout=layout, share=program.share))
     return dataclasses.replace(program, layers=tuple(layers))
 
 
-def _layer(choose, structure, style, *, dense, extra, keeps, layout, share):
+def _layer(choose, structure, style, *, dense, extra, adds, layout, share):
     def block(kind, how, **fields):
         given = dict(style)
         if choose([False] * 5 + [True]):
-            given["add"] = choose([a for a in ADDS if not keeps or a not in INPLACE])
+            given["add"] = choose(adds)
         operation = lambda: choose([""] * 12 + list(OPERATIONS))  # noqa: E731
         if choose([True, False]):
             given["state_op"], given["branch_op"] = operation(), operation()
@@ -73,10 +75,8 @@ def _layer(choose, structure, style, *, dense, extra, keeps, layout, share):
         return block("mixer", choose(kinds), **fields)
 
     def mlp(**fields):
-        if dense:
-            return block("dense", choose(DENSE), **fields)
-        if choose([False] * 7 + [True]):
-            return block("dense", choose(DENSE), **fields)
+        if dense or choose([False] * 7 + [True]):
+            return block("dense", choose(["gated_dense"] * 6 + list(DENSE)), **fields)
         return moe(**fields)
 
     def moe(**fields):
@@ -96,16 +96,20 @@ def _layer(choose, structure, style, *, dense, extra, keeps, layout, share):
     if structure == "third":
         return mixer(), mlp(), block("ple", "ple")
     if structure == "dense_first":
-        return mixer(), block("dense", choose(DENSE)), moe()
+        return mixer(), block("dense", choose(DENSE[:2])), moe()
     if structure == "dense_beside":
-        return mixer(), block("dense", choose(DENSE)), moe(back=1)
+        return mixer(), block("dense", choose(DENSE[:2])), moe(back=1)
     if structure == "moe_first":
         return moe(), mixer()
     if structure == "shortcut":
-        return mixer(), block("dense", choose(DENSE)), mixer(), block("dense", choose(DENSE)), moe(back=3)
+        return mixer(), block("dense", "dense"), mixer(), block("dense", choose(DENSE[:2])), moe(back=3)
     if structure == "mixers_only" and choose([True, False]):
         return (mixer(),)
     return mixer(), mlp(extra=extra)
+
+
+def _until_mixer(kinds):
+    return kinds[:kinds.index("mixer")] if "mixer" in kinds else kinds
 
 
 def may_be_refused(spec: ProgramSpec, connectivity: str) -> str | None:
@@ -116,6 +120,9 @@ def may_be_refused(spec: ProgramSpec, connectivity: str) -> str | None:
         return "a model of one layer"
     if not any(blocks[mlp].kind == "moe" for _, mlp in layers) and connectivity != "ladder":
         return "no MoE"
+    kinds = [b.kind for b in blocks]
+    if any(kind == "moe" and "moe" in _until_mixer(kinds[i + 1:]) for i, kind in enumerate(kinds)):
+        return "two MoEs without a mixer between"
     if spec.stream in ("unet", "concat", "times", "mixed_map"):
         return f"stream {spec.stream}"
     if spec.writes or any(b.extra or b.how == "refine" for b in blocks) or spec.tied:

@@ -23,10 +23,9 @@ def codes(outcomes: dict[str, table.Outcome]) -> dict[str, str]:
 
 # Its update weighs the contribution by a gate made from the stream: now of the state that is read, but it should be the
 # one that is updated.
-GATE = pytest.param("hy_v4", marks=pytest.mark.xfail(strict=False, reason="gate of the state that is read"))
 
 
-@pytest.mark.parametrize("family", [GATE if family == "hy_v4" else family for family in table.EVERY_FAMILY])
+@pytest.mark.parametrize("family", table.EVERY_FAMILY)
 def test_exact_or_refused_as_documented(family):
     outcomes = table.measure(family)
     assert not [outcome.text for outcome in outcomes.values() if outcome.code == "wrong"]

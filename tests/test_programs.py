@@ -166,9 +166,10 @@ def test_each_way_to_add(add):
 
 # --- thousands of programs from the command line ------------------------------------------------------------------
 
-def survey(numbers, base: int, dynamo: bool, note) -> tuple[collections.Counter, list]:
-    """Counts of (kind, detail) over programs, and (connectivity, verdict, shrunk spec) of the bad ones."""
-    counts, bad, seen = collections.Counter(), [], collections.Counter()
+def survey(numbers, base: int, dynamo: bool, note) -> tuple[collections.Counter, list, dict]:
+    """Counts of (kind, detail) over programs, (connectivity, verdict, shrunk spec, layers) of the bad ones, and an example
+    for each refusal that should be exact."""
+    counts, bad, seen, careful = collections.Counter(), [], collections.Counter(), {}
     for done, number in enumerate(numbers):
         choose = random.Random(base * 1_000_003 + number).choice
         spec = draw(choose)
@@ -179,6 +180,8 @@ def survey(numbers, base: int, dynamo: bool, note) -> tuple[collections.Counter,
                 counts["none", verdict.kind] += 1
             elif verdict.kind == "refused":
                 counts["refused", verdict.excused or "SHOULD BE EXACT", reason_of(verdict)] += 1
+                if verdict.too_careful:
+                    careful.setdefault(reason_of(verdict), (short(spec), converted))
             else:
                 counts[verdict.kind, verdict.why if verdict.kind == "exact" else "", ""] += 1
                 counts["changed" if verdict.changes else "not changed"] += 1
@@ -193,13 +196,13 @@ def survey(numbers, base: int, dynamo: bool, note) -> tuple[collections.Counter,
                 break
         if done % 100 == 99:
             note(None)
-    return counts, bad
+    return counts, bad, careful
 
 
 def _work(worker, workers, programs, base, dynamo, queue):
     torch.set_num_threads(1)
-    counts, bad = survey(range(worker, programs, workers), base, dynamo, queue.put)
-    queue.put((counts, [(c, v, short(s), k) for c, v, s, k in bad]))
+    counts, bad, careful = survey(range(worker, programs, workers), base, dynamo, queue.put)
+    queue.put((counts, [(c, v, short(s), k) for c, v, s, k in bad], careful))
 
 
 def main() -> int:
@@ -224,7 +227,7 @@ def main() -> int:
                for w in range(given.workers)]
     for worker in workers:
         worker.start()
-    total, bad, done, finished = collections.Counter(), [], 0, 0
+    total, bad, careful, done, finished = collections.Counter(), [], {}, 0, 0
     while finished < len(workers):
         message = queue.get()
         if message is None:
@@ -236,11 +239,12 @@ def main() -> int:
             finished += 1
             total += message[0]
             bad += message[1]
-    report(total, bad, given.programs, time.time() - begin)
+            careful |= message[2]
+    report(total, bad, careful, given.programs, time.time() - begin)
     return int(bool(bad))
 
 
-def report(total, bad, programs, seconds) -> None:
+def report(total, bad, careful, programs, seconds) -> None:
     cases = sum(n for k, n in total.items() if k[0] in ("exact", "refused", "wrong", "crash"))
     print(f"\n{programs} programs, {cases} rewirings in {seconds:.0f} s; 'none' bit-equal {total['none', 'exact']}, "
           f"not {sum(n for k, n in total.items() if k[0] == 'none' and k[1] != 'exact')}; "
@@ -258,7 +262,7 @@ def report(total, bad, programs, seconds) -> None:
     print("refusals that should be exact, as the backend words them:")
     for key, n in sorted(total.items(), key=lambda kv: -kv[1]):
         if key[0] == "refused" and key[1] == "SHOULD BE EXACT":
-            print(f"  {n:7}  {key[2]}")
+            print(f"  {n:7}  {key[2]}\n           for example {careful.get(key[2])}")
     print("exact by one of two readings:", {k[1]: n for k, n in total.items() if k[0] == "exact" and k[1]})
     for connectivity, verdict, spec, converted in sorted(bad, key=lambda b: len(b[2])):
         layers = f" --converted {','.join(map(str, converted))}" if converted else ""
