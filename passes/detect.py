@@ -27,12 +27,13 @@ from operator import or_
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import ATTENTION, EXCHANGES, PRODUCTS, SELECTORS, TOKEN_WISE
+from .operations import ATTENTION, EXCHANGES, PRODUCTS, SELECTORS
 from .reasons import Reason
 from .residual import Contribution, Stream
-from .routing import chooses, experts_of, is_weight, looks_like_experts, scores_of
+from .routing import chooses, experts_of, is_weight, looks_like_experts, scores_of, unexplained_choice
 from .sums import is_float
 from .terms import Terms
+from .tokens import factors, mixes
 from .update import Undefined
 
 
@@ -49,6 +50,7 @@ class Block:
     partial: Reason | None = None   # why the routed part cannot be left out, where it cannot
     label: str = ""           # module path, for messages only
     evidence: str = ""
+    certain: bool = True      # False for a mixer that may be an MLP: an operation in it is not known
     exchange: str = ""        # name of an exchange between ranks in this branch
 
     @property
@@ -112,7 +114,7 @@ def is_busy(flow: Dataflow, node: Node) -> str:
         return "mixes"
     if name in EXCHANGES and node.op == "call_function":
         return "routes"
-    if name in PRODUCTS and sum(_is_activation(flow, a) for a in _factors(node)) > 1:
+    if name in PRODUCTS and sum(_is_activation(flow, a) for a in factors(node)) > 1:
         return "mixes"
     return "routes" if name in SELECTORS and scores_of(flow, node, None) is not None else ""
 
@@ -121,11 +123,6 @@ def _is_activation(flow: Dataflow, node: Node) -> bool:
     """Computed from tokens: from an embedding or from hidden states that are an argument."""
     return bool((flow.ancestors(node) | flow.bit(node)) & flow.marked("activation", lambda n: op_name(n) == "embedding" or (
         n.op == "placeholder" and is_float(value_of(n)) and value_of(n).dim() > 2 and not is_weight(n))))
-
-
-def _factors(node: Node) -> list[Node]:
-    """The operands of a product; baddbmm has a term besides."""
-    return node.all_input_nodes[1:] if op_name(node) == "baddbmm" else node.all_input_nodes
 
 
 def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
@@ -143,11 +140,16 @@ def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
                 "block); there is no attention output that the experts could skip", node=block.node.name))
         if block.kind == "unknown":
             return NoBlocks(moe=moe + 1, reason=Reason(
-                "no_router", f"{_where(block)} has stacked or repeated expert weights, but no router that chooses among "
-                "them was found in this branch", node=block.node.name))
+                "no_router", f"{_where(block)} {block.evidence}", node=block.node.name))
     chosen = [blocks for blocks in classified if any(b.kind == "moe" for b in blocks)] or [max(classified, key=len)]
     idle = tuple(blocks[0].stream for blocks in classified if blocks not in chosen)
     classified, layers, tail = chosen, [], []
+    for blocks in classified:
+        for block, beside in (*zip(blocks, blocks[1:]), *zip(blocks[1:], blocks)):
+            if not block.certain and beside.kind == "mixer":
+                return NoBlocks(moe=moe, reason=Reason(
+                    "unclear_block", f"{_where(block)} stands beside another token mixer, and it is not clear whether "
+                    f"it is one, too, or an MLP: {block.evidence}", node=block.node.name))
     for blocks in classified:
         found = _group(_mixer_first(blocks), len(layers), moe)
         if isinstance(found, NoBlocks):
@@ -217,7 +219,7 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
                if (found := experts_of(flow, nodes, n, linear, branch)) is not None}
     if experts:
         selected = flow.descendants(flow.mask(experts), branch)
-        product = next((n for n in nodes if op_name(n) in PRODUCTS and mixes_tokens(flow, n, before)
+        product = next((n for n in nodes if op_name(n) in PRODUCTS and mixes(flow, n, before) == "yes"
                         and not flow.bit(n) & selected), None)
         if attention is not None or product is not None:
             return Block(kind="both", **common)
@@ -228,22 +230,21 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
         return Block(kind="moe", routed=selected, routers=ranked, shared=shared, partial=partial,
                      exchange=exchange.name if exchange is not None else "",
                      evidence=evidence + (f", {exchange.name} exchanges" if exchange is not None else ""), **common)
-    mixer = attention or next((n for n in nodes if mixes_tokens(flow, n, before)), None)
-    certain = attention is not None or mixer is not None and op_name(mixer) in PRODUCTS
-    if mixer is not None and (certain or not looks_like_experts(nodes)):
+    choice = unexplained_choice(flow, nodes, before, branch) if attention is None else None
+    if choice is not None:
+        return Block(kind="unknown", evidence=f"chooses ({choice.name}) what computes on a token, but no router with "
+                     "as many scores as there are experts was found in this branch", **common)
+    answers = {n: mixes(flow, n, before) for n in nodes}
+    mixer = attention or next((n for n, answer in answers.items() if answer == "yes"), None)
+    if mixer is not None:
         return Block(kind="mixer", evidence=f"{mixer.name} mixes tokens", **common)
     if looks_like_experts(nodes):
-        return Block(kind="unknown", **common)
+        return Block(kind="unknown", evidence="has stacked or repeated expert weights, but no router that chooses "
+                     "among them was found in this branch", **common)
+    mixer = next((n for n, answer in answers.items() if answer == "maybe"), None)
+    if mixer is not None:
+        return Block(kind="mixer", certain=False, evidence=f"{mixer.name} ({op_name(mixer)}) may mix tokens", **common)
     return Block(kind="mlp", evidence=f"{len(nodes)} token-wise operations", **common)
-
-
-def mixes_tokens(flow: Dataflow, node: Node, before: Node) -> bool:
-    name = op_name(node)
-    if name in PRODUCTS:
-        factors = _factors(node)
-        operands = [a for a in factors if flow.depends(a, before)]
-        return len(operands) > 1 or bool(operands) and sum(_is_activation(flow, a) for a in factors) > 1
-    return name not in TOKEN_WISE and node.op in ("call_function", "call_method")
 
 
 def _split(flow: Dataflow, node: Node, routed: int, routers: int) -> tuple[bool, Reason | None]:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import CASTS, EXCHANGES, MAKES_MEMORY, TAKES_A_LIKENESS, TAKES_TOKENS
+from .operations import CASTS, EXCHANGES, FILLS_SLOTS, MAKES_MEMORY, TAKES_A_LIKENESS, TAKES_TOKENS
 from .reasons import Reason
 from .recipe import Copy, Recipe
 from .routing import is_weight
@@ -120,13 +120,22 @@ class Terms:
             if unseen:      # routed by way of memory that was written in place
                 inputs = [*inputs, *(a for i in inputs for w in self.flow.writes_to(i)
                                      if self.flow.position[w] < self.flow.position[current]
-                                     for a in w.all_input_nodes)]
-            if unseen or op_name(current) not in TAKES_TOKENS:
+                                     for a in (w.all_input_nodes if not self._fills_slots(w) else w.args[:1]))]
+            if unseen or op_name(current) not in TAKES_TOKENS and not self._fills_slots(current):
                 for other in inputs:
                     if not self.is_routed(other) and self._is_term(other):
                         return current
             todo += inputs
         return None
+
+    def _fills_slots(self, node: Node) -> bool:
+        """Tokens are put into empty memory at places that were chosen: they enter the experts there."""
+        if op_name(node).rstrip("_") not in FILLS_SLOTS or not node.args or not isinstance(node.args[0], Node):
+            return False
+        base, *rest = node.all_input_nodes
+        where = [a for a in rest if is_index(a)]
+        return bool(where) and all(map(self.is_routed, where)) and not self._is_term(base) and \
+            (op_name(base) in MAKES_MEMORY or self._is_zero(base))
 
     def _is_term(self, node: Node) -> bool:
         value = value_of(node)
@@ -137,6 +146,11 @@ class Terms:
             return False
         return any(n.op == "placeholder" and not is_weight(n) or op_name(n) == "embedding"
                    for n in self.flow.members(self.flow.ancestors(node)))
+
+
+def is_index(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32, torch.bool)
 
 
 def _static(tensor: torch.Tensor) -> bool:

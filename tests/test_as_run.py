@@ -288,7 +288,6 @@ def exact_or_refused(function, want, model=None):
 
 
 @pytest.mark.parametrize("step", ["argmax", "topk", "sample"])
-@pytest.mark.xfail(strict=False, reason="the choice of a token is taken for routing outside of the layers: refused")
 def test_next_token_inside_the_compiled_function(step):
     model, plain = fresh(), fresh()
     choose = {"argmax": lambda x: x.argmax(-1), "topk": lambda x: x.topk(5, -1).indices,

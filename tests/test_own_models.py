@@ -172,15 +172,8 @@ def outcomes(model, ids=IDS):
 EXACT = {name: "exact" for name in CONNECTIVITIES}
 
 
-UNKNOWN = "a block with an operation that is not known to be token-wise is taken for a token mixer"
-SLOTS = "tokens that are put into an expert's slots are taken for terms of a sum"
-WAITS = {**dict.fromkeys(("Winners", "GatedWinners", "Maxout", "Quantized", "Memory", "Rolled", "GatedDecay",
-                          "AttentionRouter"), UNKNOWN), **dict.fromkeys(("TutelSlots", "SlotsBySetItem"), SLOTS)}
-
-
 def param(cls):
-    marks = [pytest.mark.xfail(strict=False, reason=WAITS[cls.__name__])] if cls.__name__ in WAITS else []
-    return pytest.param(cls, id=cls.__name__, marks=marks)
+    return pytest.param(cls, id=cls.__name__)
 
 
 # --- routers --------------------------------------------------------------------------------------------------------
