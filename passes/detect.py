@@ -40,7 +40,7 @@ from .update import Undefined
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One block of the stream: what adds one contribution."""
-    kind: str                 # "mixer", "mlp" or "moe"
+    kind: str                 # "mixer", "mlp", "moe", or "unknown": experts without a router that is understood
     stream: Stream = field(repr=False)
     contribution: Contribution
     update: int               # index of the update that adds it
@@ -72,6 +72,11 @@ class Layer:
     def attention(self) -> Block | None:
         """The block in front of the MLP; None where an MoE begins the model."""
         return self.blocks[-2] if len(self.blocks) > 1 else None
+
+    @property
+    def doubt(self) -> Reason | None:
+        """Why this layer must stay as it is, where one of its blocks is not understood."""
+        return next((_doubt(b) for b in self.blocks if b.kind == "unknown"), None)
 
     @property
     def leading(self) -> tuple[Block, ...]:
@@ -138,10 +143,15 @@ def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
             return NoBlocks(moe=moe + 1, reason=Reason(
                 "parallel_block", f"{_where(block)} computes attention and routed experts in one branch (a parallel "
                 "block); there is no attention output that the experts could skip", node=block.node.name))
-        if block.kind == "unknown":
-            return NoBlocks(moe=moe + 1, reason=Reason(
-                "no_router", f"{_where(block)} {block.evidence}", node=block.node.name))
-    chosen = [blocks for blocks in classified if any(b.kind == "moe" for b in blocks)] or [max(classified, key=len)]
+    for blocks in classified:
+        for before, block, after in zip([None, *blocks], blocks, [*blocks[1:], None]):
+            # Where its place is plain, only its layer is in doubt.
+            if block.kind == "unknown" and not (before and before.kind == "mixer" and (not after or after.kind == "mixer")):
+                return NoBlocks(moe=moe + 1, reason=_doubt(block))
+    doubtful = next((b for blocks in classified for b in blocks if b.kind == "unknown"), None)
+    if doubtful is not None and not moe:
+        return NoBlocks(moe=1, reason=_doubt(doubtful))
+    chosen = [blocks for blocks in classified if any(b.kind in ("moe", "unknown") for b in blocks)] or [max(classified, key=len)]
     idle = tuple(blocks[0].stream for blocks in classified if blocks not in chosen)
     classified, layers, tail = chosen, [], []
     for blocks in classified:
@@ -179,7 +189,7 @@ def _group(blocks: list[Block], start: int, moe: int) -> tuple[list[Layer], list
         mixers = [b for b in _while(blocks[i:], True)]
         others = [b for b in _while(blocks[i + len(mixers):], False)]
         i += len(mixers) + len(others)
-        routed = [k for k, b in enumerate(others) if b.kind == "moe"]
+        routed = [k for k, b in enumerate(others) if b.kind in ("moe", "unknown")]
         if len(routed) > 1:
             first, second = (others[k] for k in routed[:2])
             return NoBlocks(moe=moe, reason=Reason(
@@ -269,6 +279,10 @@ def clean_path(path: str) -> str:
     """``L['self']._modules['model'].layers.3.mlp`` -> ``model.layers.3.mlp``."""
     path = re.sub(r"^L\['\w+'\](\.__self__|\[\d+\])*\.?", "", path)
     return path.replace("_modules['", "").replace("']", "").replace("._orig_mod", "")
+
+
+def _doubt(block: Block) -> Reason:
+    return Reason("no_router", f"{_where(block)} {block.evidence}", node=block.node.name)
 
 
 def _where(block: Block) -> str:

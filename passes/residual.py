@@ -81,7 +81,7 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
     flow = Dataflow(graph)
     output = flow.nodes[-1]
     kinds = {node: kind for node in flow.nodes if (kind := busy(flow, node))}
-    streams, covered, longest = [], 0, 0
+    streams, covered, states, longest = [], 0, 0, 0
     while True:
         steps = longest_trail(flow, flow.mask(kinds), taken=covered)
         longest = max(longest, len(steps))
@@ -94,14 +94,15 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
         if reason is not None:
             break
         streams.append(stream)
+        states |= flow.mask(stream.states)
         for update in stream.updates:
             covered |= update.nodes | flow.bit(update.before)
-        if _stray(flow, covered, kinds, output) is None:
+        if _stray(flow, covered, states, kinds, output) is None:
             break
     if not streams:
         return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
                         length=longest)
-    stray = _stray(flow, covered, kinds, output) or _unknown(flow, streams, output)
+    stray = _stray(flow, covered, states, kinds, output) or _unknown(flow, streams, output)
     if stray is not None:
         return NoStream(length=longest, reason=Reason(
             "gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
@@ -272,6 +273,13 @@ def _unknown(flow: Dataflow, streams: list[Stream], output: Node) -> Node | None
     return None
 
 
-def _stray(flow: Dataflow, covered: int, kinds: dict[Node, str], output: Node) -> Node | None:
+def _stray(flow: Dataflow, covered: int, states: int, kinds: dict[Node, str], output: Node) -> Node | None:
     outside = flow.ancestors(output) & ~covered
-    return next((n for n in kinds if flow.bit(n) & outside), None)
+    return next((n for n in kinds if flow.bit(n) & outside and not _beside(flow, n, covered, states)), None)
+
+
+def _beside(flow: Dataflow, node: Node, covered: int, states: int) -> bool:
+    """Whether ``node`` only makes something more of what a branch has computed (the state of a recurrence, for a cache)."""
+    own = (flow.ancestors(node) | flow.bit(node)) & ~covered
+    return bool(flow.ancestors(node) & states) and not any(
+        flow.bit(a) & states for n in flow.members(own) for a in n.all_input_nodes)

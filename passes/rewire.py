@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from torch.fx import Graph, Node
 
@@ -104,7 +106,7 @@ def hidden_from(blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer
 
 def _decide(blocks: Blocks, connectivity, layers: Collection[int]):
     """(what each converted layer may not see, the redirects that this takes, refusals), by layer index."""
-    refused: dict[int, Reason] = {}
+    refused = {layer.index: layer.doubt for layer in blocks.layers if layer.index in layers and layer.doubt is not None}
     while True:
         converted = {layer.index for layer in blocks.layers if layer.index in layers} - set(refused)
         reads = {i: _reads(blocks, i, connectivity, converted) for i in converted}
@@ -226,7 +228,14 @@ def shared_nodes(block: Block) -> tuple[Node, ...]:
         if index > block.update and index > block.contribution.origin:
             break
     found = flow.members(others & block.contribution.branch & ~flow.bit(block.node))
+    inside = reduce(or_, (u.nodes for u in stream.updates)) | flow.mask(stream.states)
+    live = flow.ancestors(flow.nodes[-1])
     for node in found:
+        aside = next((u for u in node.users if flow.bit(u) & live & ~inside), None)
+        if aside is not None:
+            raise Undefined(Reason(
+                "shared_computation", f"{node.name} ({op_name(node)}) is used by this block and the residual stream, and by "
+                f"{aside.name}, which is neither: what that should see is not known", node=node.name))
         if written_arguments(node) or drops(node) or op_name(node) in ("scaled_dot_product_attention", "topk"):
             raise Undefined(Reason(
                 "shared_computation", f"{node.name} ({op_name(node)}) is used by this block and by the residual stream or "

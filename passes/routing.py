@@ -28,7 +28,7 @@ from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
 from .operations import (
-    ATTENTION, CASTS, ELEMENTWISE, EXCHANGES, EXPERT_MAPS, GATES, LINEAR_MAPS, PICKS, PRODUCTS, TO_WHOLE_NUMBERS,
+    ALONG_AN_AXIS, ATTENTION, CASTS, ELEMENTWISE, EXCHANGES, EXPERT_MAPS, GATES, LINEAR_MAPS, PICKS, PRODUCTS, TO_WHOLE_NUMBERS,
     TOKEN_WISE, VIEWS)
 
 
@@ -157,7 +157,7 @@ def unexplained_choice(flow: Dataflow, nodes: list[Node], before: Node, branch: 
         name = op_name(node)
         if name in PICKS and chooses(node) and flow.depends(node, before):
             ranked = value_of(node.args[0])
-            if counts & set(getattr(ranked, "shape", ())) and not _is_activation_choice(flow, node, before, branch):
+            if _ranked_size(node, ranked) in counts and not _is_activation_choice(flow, node, before, branch):
                 return node
             linear = _choice_scores(flow, node, before)
             if linear is None or value_of(linear).shape[-1] == 1:
@@ -169,6 +169,14 @@ def unexplained_choice(flow: Dataflow, nodes: list[Node], before: Node, branch: 
                 and not any(map(_is_whole_numbers, node.all_input_nodes)):
             return node
     return None
+
+
+def _ranked_size(node: Node, ranked) -> int | None:
+    """How many values there are to choose from; None where that is not known."""
+    position, axis = ALONG_AN_AXIS.get(op_name(node), (1, -1))
+    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", axis)
+    size = ranked.shape[axis if isinstance(axis, int) else -1] if isinstance(ranked, torch.Tensor) and ranked.dim() else None
+    return size if isinstance(size, int) else None
 
 
 _NUMBERS = CASTS | TO_WHOLE_NUMBERS | {"argmin", "bucketize", "searchsorted"}

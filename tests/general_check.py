@@ -90,9 +90,10 @@ def _verdict(program, ids, native, connectivity, converted, gm, inputs) -> Verdi
                 break
     else:
         wanted.append(native)
+    everything = connectivity == "none" or len(converted) == len(layers_of(spec.blocks))
     try:
         run = _build(program, gm, inputs, {"connectivity": connectivity, "inner": "eager",
-                                                "layers": converted if connectivity != "none" else "all"})
+                                           "layers": "all" if everything else converted})
         got = run(*inputs)
     except fs.FarskipError as refusal:
         return Verdict("refused", f"{type(refusal).__name__}: {refusal}", excused)

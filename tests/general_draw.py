@@ -54,7 +54,8 @@ def draw(choose) -> ProgramSpec:
     layers = []
     for k in range(count):
         kind = structure if choose([True, True, True, False]) or not plain else choose(["sequential", structure])
-        layers.append(_layer(choose, kind, style, dense=k < dense_first, extra=extra, adds=adds, layout=layout, share=program.share))
+        layers.append(_layer(choose, kind, style, dense=k < dense_first, extra=extra, adds=adds, layout=layout,
+                             share=program.share))
     return dataclasses.replace(program, layers=tuple(layers))
 
 
