@@ -167,8 +167,8 @@ def test_each_way_to_add(add):
 # --- thousands of programs from the command line ------------------------------------------------------------------
 
 def survey(numbers, base: int, dynamo: bool, note) -> tuple[collections.Counter, list, dict]:
-    """Counts of (kind, detail) over programs, (connectivity, verdict, shrunk spec, layers) of the bad ones, and an example
-    for each refusal that should be exact."""
+    """Counts of (kind, detail) over programs; (connectivity, verdict, shrunk spec, layers) of the bad ones; and an
+    example for each refusal that should be exact."""
     counts, bad, seen, careful = collections.Counter(), [], collections.Counter(), {}
     for done, number in enumerate(numbers):
         choose = random.Random(base * 1_000_003 + number).choice
