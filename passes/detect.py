@@ -27,11 +27,11 @@ from operator import or_
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import ATTENTION, EXCHANGES, PRODUCTS, SELECTORS
+from .operations import ATTENTION, EXCHANGES, LINEAR_MAPS, PRODUCTS, SELECTORS
 from .reasons import Reason
 from .residual import Contribution, Stream
 from .routing import chooses, experts_of, is_weight, looks_like_experts, scores_of, unexplained_choice
-from .sums import is_float
+from .sums import is_float, sum_of
 from .terms import Terms
 from .tokens import factors, mixes
 from .update import Undefined
@@ -231,7 +231,9 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
         selected = flow.descendants(flow.mask(experts), branch)
         product = next((n for n in nodes if op_name(n) in PRODUCTS and mixes(flow, n, before) == "yes"
                         and not flow.bit(n) & selected), None)
-        if attention is not None or product is not None:
+        recurrence = next((n for n in nodes if op_name(n) not in PRODUCTS and mixes(flow, n, before) == "yes"
+                           and not flow.bit(n) & selected), None)
+        if attention is not None or product is not None or recurrence is not None:
             return Block(kind="both", **common)
         ranked = flow.mask(routers[n] for n in experts)
         shared, partial = _split(flow, contribution.node, selected, ranked)
@@ -246,6 +248,8 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
                      "as many scores as there are experts was found in this branch", **common)
     answers = {n: mixes(flow, n, before) for n in nodes}
     mixer = attention or next((n for n, answer in answers.items() if answer == "yes"), None)
+    if mixer is not None and _adds_an_mlp(flow, contribution, answers):
+        return Block(kind="both", **common)
     if mixer is not None:
         return Block(kind="mixer", evidence=f"{mixer.name} mixes tokens", **common)
     if looks_like_experts(nodes):
@@ -255,6 +259,17 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
     if mixer is not None:
         return Block(kind="mixer", certain=False, evidence=f"{mixer.name} ({op_name(mixer)}) may mix tokens", **common)
     return Block(kind="mlp", evidence=f"{len(nodes)} token-wise operations", **common)
+
+
+def _adds_an_mlp(flow: Dataflow, contribution: Contribution, answers: dict[Node, str]) -> bool:
+    """Whether a mixer is added up with token-wise maps that it does not need: a parallel block that was not taken apart."""
+    total = sum_of(contribution.node)
+    if total is None or not total.two_terms:
+        return False
+    mixing = flow.mask(n for n, answer in answers.items() if answer != "no")
+    cones = [(flow.ancestors(t) | flow.bit(t)) & contribution.branch for t in (total.first, total.rest[0])]
+    return any(not mine & mixing and any(op_name(n) in LINEAR_MAPS for n in flow.members(mine & ~other))
+               and other & mixing for mine, other in (cones, cones[::-1]))
 
 
 def _split(flow: Dataflow, node: Node, routed: int, routers: int) -> tuple[bool, Reason | None]:

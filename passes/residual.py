@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import ATTENTION, HARMLESS_OUTSIDE, LINEAR_MAPS, TOKEN_WISE
+from .operations import ATTENTION, CASTS, HARMLESS_OUTSIDE, LINEAR_MAPS, TOKEN_WISE, VIEWS
 from .peel import parallel_parts, peel, trailing_convolution, unclear
 from .reasons import Reason
 from .routing import is_weight
@@ -109,7 +109,7 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
             f"{sum(len(s.updates) for s in streams)} residual additions that were found are not the whole model",
             node=stray.name))
     streams.sort(key=lambda s: flow.position[s.states[0]])
-    broken = _in_series(flow, streams)
+    broken = _in_series(flow, streams, flow.mask(n for n, kind in kinds.items() if kind == "routes"))
     if broken is not None:
         return NoStream(reason=broken, length=longest)
     return tuple(streams)
@@ -135,14 +135,15 @@ def _computes(stream: Stream, node: Node) -> bool:
     return any(op_name(n) in LINEAR_MAPS | ATTENTION for n in flow.members(own))
 
 
-def _in_series(flow: Dataflow, streams: list[Stream]) -> Reason | None:
-    """A stream that only continues another one is the rest of a chain with a gap."""
+def _in_series(flow: Dataflow, streams: list[Stream], routing: int) -> Reason | None:
+    """A stream that only continues another one is the rest of a chain with a gap; so is one behind experts."""
     for i, later in enumerate(streams):
         first = later.states[0]
         for earlier in streams[:i]:
             last = earlier.states[-1]
             own = (flow.ancestors(first) | flow.bit(first)) & ~flow.ancestors(last)
-            if flow.depends(first, earlier.states[1]) and not own & flow.marked("begins", _begins):
+            alone = own & flow.marked("begins", _begins) and not any(u.nodes & routing for u in earlier.updates)
+            if flow.depends(first, earlier.states[1]) and not alone:
                 return Reason("gap", f"the residual stream is broken between {last.name} and {first.name}: what lies "
                               "between is no addition", node=first.name)
     return None
@@ -179,9 +180,11 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
     updates = []
     for i, (step, core) in enumerate(zip(steps, cores)):
         # A sum of attention and MLP, added at once, is two parallel blocks: where layers are one update each.
-        before = i == 0 or len(updates[-1].contributions) > 1 or not updates[-1].contributions[0].branch & mixing
+        routing = flow.mask(kinds) & ~mixing
+        before = i == 0 or len(updates[-1].contributions) > 1 or bool(updates[-1].contributions[0].branch & routing) \
+            or not updates[-1].contributions[0].branch & mixing
         alone = before and (i + 1 == len(steps) or bool(_branch(flow, cores[i + 1], states, i + 1)[1] & mixing))
-        parts = parallel_parts(flow, core, states[i], mixing, flow.mask(kinds) & ~mixing) if alone else [core]
+        parts = parallel_parts(flow, core, states[i], mixing, routing) if alone else [core]
         contributions = []
         for part in parts:
             origin, branch = _branch(flow, part, states, i)
@@ -231,12 +234,27 @@ def _goes_around(stream: Stream, output: Node) -> Reason | None:
         value = value_of(node)
         if not is_float(value) or value.dim() < 2:
             continue
+        if op_name(node) in ("stack", "cat", "where") or sum_of(node) is not None:
+            beside = [a for a in node.all_input_nodes if a is not last and flow.depends(a, last) and any(
+                op_name(n) in LINEAR_MAPS for n in flow.members(flow.ancestors(a) & ~flow.ancestors(last)))]
+            if beside and any(a is last or _is_view_of(a, last) for a in node.all_input_nodes):
+                return Reason("gap", f"{node.name} joins {last.name}, the last value of the residual stream that was found, "
+                              f"with {beside[0].name}, which is computed from it: an addition in a form that is not "
+                              "understood", node=node.name)
         for operand in node.all_input_nodes:
             around = operand is not last and not flow.depends(operand, last) and is_float(value_of(operand))
             if around and (flow.ancestors(operand) | flow.bit(operand)) & seeds and value_of(operand).dim() > 1:
                 return Reason("gap", f"{node.name} takes in {operand.name}, an earlier value of the residual stream, after "
                               f"the last addition that was found ({last.name})", node=node.name)
     return None
+
+
+def _is_view_of(node: Node, of: Node) -> bool:
+    while op_name(node) in VIEWS | CASTS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        if node is of:
+            return True
+    return False
 
 
 def _begins_at_embedding(flow: Dataflow, first: Node) -> Reason | None:

@@ -147,6 +147,8 @@ class Update(nn.Module):
 
     def forward(self, s, b, w):
         add = self.spec.add
+        if add == "branch_inplace" and b.dtype != s.dtype:
+            add = "plain"           # the stream would take on the branch's dtype
         if self.kind == "lerp" and add != "reversed":
             b = self.scaled(b)
             new = torch.lerp(s, b, self.t) if add == "plain" and s.dtype == b.dtype else s + self.t * (b - s)

@@ -174,7 +174,12 @@ def survey(numbers, base: int, dynamo: bool, note) -> tuple[collections.Counter,
         choose = random.Random(base * 1_000_003 + number).choice
         spec = draw(choose)
         converted = converted_of(choose, spec)
-        verdicts = check(spec, converted, dynamo=dynamo)
+        try:
+            verdicts = check(spec, converted, dynamo=dynamo)
+        except Exception as error:      # noqa: BLE001 - a mistake of these tests: say so, and go on
+            note(f"no program {number}: {type(error).__name__}: {error} {short(spec)}")
+            counts["no program"] += 1
+            continue
         for connectivity, verdict in verdicts.items():
             if connectivity == "none":
                 counts["none", verdict.kind] += 1
@@ -248,7 +253,7 @@ def report(total, bad, careful, programs, seconds) -> None:
     cases = sum(n for k, n in total.items() if k[0] in ("exact", "refused", "wrong", "crash"))
     print(f"\n{programs} programs, {cases} rewirings in {seconds:.0f} s; 'none' bit-equal {total['none', 'exact']}, "
           f"not {sum(n for k, n in total.items() if k[0] == 'none' and k[1] != 'exact')}; "
-          f"numbers change in {total['changed']} of the built ones")
+          f"numbers change in {total['changed']} of the built ones; {total['no program']} specs gave no program")
     for kind in ("exact", "refused", "wrong", "crash"):
         n = sum(n for k, n in total.items() if k[0] == kind)
         print(f"  {kind:8} {n:7}  {100 * n / max(cases, 1):5.1f} %")
