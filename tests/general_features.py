@@ -139,14 +139,5 @@ FEATURES |= {
     "native shortcut, flat": _program((*_SHORTCUT, BlockSpec(**MOE, back=3, flat=True)), n=2),
 }
 
-# Silently wrong today: an xfail in the tests, and the only programs that the random test lets through.
-HOLES = ("a dense parallel layer in one addition", "a recurrence and an MLP in one addition")
-
-
-def in_a_hole(spec: ProgramSpec) -> bool:
-    return spec.join != "chain" and any(b.joined for b in spec.blocks)
-
-
 WAITING = ("stream highway_convex", "stream highway_convex without shared experts", "slice on the branch",
-           "a parallel layer in one addition after a sequential one", "in place, promoted",
-           "native shortcut on a gated stream")
+           "a recurrence and an MLP in one addition", "in place, promoted", "native shortcut on a gated stream")
