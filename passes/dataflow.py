@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ._torch import is_batchedtensor
+from .operations import TAKES_A_LIKENESS
 
 _INPLACE_OPERATORS = {
     getattr(operator, f"i{name}")
@@ -33,13 +34,10 @@ _SHAPE_ONLY = {
 }
 
 
-_LIKENESS = {"type_as", "to", "expand_as", "view_as", "reshape_as"}      # of the second argument, not its value
-
-
 def value_inputs(node: Node) -> list[Node]:
     """The inputs whose contents ``node`` takes in: of ``x.type_as(y)`` only x."""
     inputs = node.all_input_nodes
-    return inputs[:1] if op_name(node) in _LIKENESS else inputs
+    return inputs[:1] if op_name(node) in TAKES_A_LIKENESS else inputs
 
 
 def value_of(node: Node):
@@ -57,6 +55,11 @@ def op_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
     return getattr(target, "__name__", str(target)).split(".")[-1]
+
+
+def same_sizes(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Same rank and same static sizes. Symbolic sizes are never compared."""
+    return x.dim() == y.dim() and all(p == q for p, q in zip(x.shape, y.shape) if isinstance(p, int) and isinstance(q, int))
 
 
 def tensors_of(node: Node) -> Iterator[torch.Tensor]:
@@ -171,3 +174,7 @@ class Dataflow:
     def writes_to(self, node: Node) -> list[Node]:
         """Every node of the graph that writes into the memory of ``node``, before or after it."""
         return [w for s in self._storages[node] for w in self.storage_writes.get(s, ())]
+
+    def late_writes(self, node: Node) -> list[Node]:
+        """Those of them that come after ``node``: its value cannot be read again later."""
+        return [w for w in self.writes_to(node) if self.position[w] > self.position[node]]

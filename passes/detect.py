@@ -26,12 +26,12 @@ from operator import or_
 
 from torch.fx import Node
 
-from .dataflow import Dataflow, op_name, value_of
+from .dataflow import Dataflow, op_name
 from .operations import ATTENTION, EXCHANGES, LINEAR_MAPS, PRODUCTS, SELECTORS
 from .reasons import Reason
 from .residual import Contribution, Stream
-from .routing import chooses, experts_of, is_weight, looks_like_experts, scores_of, unexplained_choice
-from .sums import is_float, sum_of
+from .routing import chooses, experts_of, is_hidden_states, looks_like_experts, scores_of, unexplained_choice
+from .sums import sum_of
 from .terms import Terms
 from .tokens import factors, mixes
 from .update import Undefined
@@ -109,7 +109,6 @@ class Blocks:
 @dataclass(frozen=True, kw_only=True)
 class NoBlocks:
     reason: Reason
-    moe: int = 0              # branches with a router that were seen all the same
 
 
 def is_busy(flow: Dataflow, node: Node) -> str:
@@ -126,8 +125,8 @@ def is_busy(flow: Dataflow, node: Node) -> str:
 
 def _is_activation(flow: Dataflow, node: Node) -> bool:
     """Computed from tokens: from an embedding or from hidden states that are an argument."""
-    return bool((flow.ancestors(node) | flow.bit(node)) & flow.marked("activation", lambda n: op_name(n) == "embedding" or (
-        n.op == "placeholder" and is_float(value_of(n)) and value_of(n).dim() > 2 and not is_weight(n))))
+    return bool((flow.ancestors(node) | flow.bit(node)) & flow.marked(
+        "activation", lambda n: op_name(n) == "embedding" or is_hidden_states(n)))
 
 
 def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
@@ -137,31 +136,30 @@ def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
     """
     classified = [[_classify(stream, i, contribution) for i, update in enumerate(stream.updates)
                    for contribution in update.contributions] for stream in streams]
-    moe = sum(b.kind == "moe" for blocks in classified for b in blocks)
     for block in (b for blocks in classified for b in blocks):
         if block.kind == "both":
-            return NoBlocks(moe=moe + 1, reason=Reason(
+            return NoBlocks(reason=Reason(
                 "parallel_block", f"{_where(block)} computes attention and routed experts in one branch (a parallel "
                 "block); there is no attention output that the experts could skip", node=block.node.name))
     for blocks in classified:
         for before, block, after in zip([None, *blocks], blocks, [*blocks[1:], None]):
             # Where its place is plain, only its layer is in doubt.
             if block.kind == "unknown" and not (before and before.kind == "mixer" and (not after or after.kind == "mixer")):
-                return NoBlocks(moe=moe + 1, reason=_doubt(block))
+                return NoBlocks(reason=_doubt(block))
     doubtful = next((b for blocks in classified for b in blocks if b.kind == "unknown"), None)
-    if doubtful is not None and not moe:
-        return NoBlocks(moe=1, reason=_doubt(doubtful))
+    if doubtful is not None and not any(b.kind == "moe" for blocks in classified for b in blocks):
+        return NoBlocks(reason=_doubt(doubtful))
     chosen = [blocks for blocks in classified if any(b.kind in ("moe", "unknown") for b in blocks)] or [max(classified, key=len)]
     idle = tuple(blocks[0].stream for blocks in classified if blocks not in chosen)
     classified, layers, tail = chosen, [], []
     for blocks in classified:
         for block, beside in (*zip(blocks, blocks[1:]), *zip(blocks[1:], blocks)):
             if not block.certain and beside.kind == "mixer":
-                return NoBlocks(moe=moe, reason=Reason(
+                return NoBlocks(reason=Reason(
                     "unclear_block", f"{_where(block)} stands beside another token mixer, and it is not clear whether "
                     f"it is one, too, or an MLP: {block.evidence}", node=block.node.name))
     for blocks in classified:
-        found = _group(_mixer_first(blocks), len(layers), moe)
+        found = _group(_mixer_first(blocks), len(layers))
         if isinstance(found, NoBlocks):
             return found
         layers += found[0]
@@ -178,11 +176,11 @@ def _mixer_first(blocks: list[Block]) -> list[Block]:
     return ordered
 
 
-def _group(blocks: list[Block], start: int, moe: int) -> tuple[list[Layer], list[Block]] | NoBlocks:
+def _group(blocks: list[Block], start: int) -> tuple[list[Layer], list[Block]] | NoBlocks:
     """(layers, blocks after the last one); ``start`` is the index of the first layer."""
     layers, waiting, i = [], [], 0
     if not any(b.kind == "mixer" for b in blocks):
-        return NoBlocks(moe=moe, reason=Reason(
+        return NoBlocks(reason=Reason(
             "not_alternating", f"none of the {len(blocks)} blocks mixes tokens, so there is no attention that exchanges "
             "could hide behind"))
     while i < len(blocks):
@@ -192,7 +190,7 @@ def _group(blocks: list[Block], start: int, moe: int) -> tuple[list[Layer], list
         routed = [k for k, b in enumerate(others) if b.kind in ("moe", "unknown")]
         if len(routed) > 1:
             first, second = (others[k] for k in routed[:2])
-            return NoBlocks(moe=moe, reason=Reason(
+            return NoBlocks(reason=Reason(
                 "not_alternating", f"{_where(second)} is an MoE, and so is {_where(first)}: there is no attention between "
                 "the two", node=second.node.name))
         end = routed[0] if routed else 0 if mixers else -1
@@ -202,7 +200,7 @@ def _group(blocks: list[Block], start: int, moe: int) -> tuple[list[Layer], list
         layers.append(Layer(index=start + len(layers), blocks=(*waiting, *mixers, *others[:end + 1])))
         waiting = others[end + 1:]
     if not layers:
-        return NoBlocks(moe=moe, reason=Reason(
+        return NoBlocks(reason=Reason(
             "not_alternating", f"no MLP or MoE follows the {len(blocks)} token mixers of this model"))
     return layers, waiting
 
@@ -229,11 +227,7 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
                if (found := experts_of(flow, nodes, n, linear, branch)) is not None}
     if experts:
         selected = flow.descendants(flow.mask(experts), branch)
-        product = next((n for n in nodes if op_name(n) in PRODUCTS and mixes(flow, n, before) == "yes"
-                        and not flow.bit(n) & selected), None)
-        recurrence = next((n for n in nodes if op_name(n) not in PRODUCTS and mixes(flow, n, before) == "yes"
-                           and not flow.bit(n) & selected), None)
-        if attention is not None or product is not None or recurrence is not None:
+        if attention is not None or any(mixes(flow, n, before) == "yes" for n in nodes if not flow.bit(n) & selected):
             return Block(kind="both", **common)
         ranked = flow.mask(routers[n] for n in experts)
         shared, partial = _split(flow, contribution.node, selected, ranked)

@@ -5,17 +5,17 @@ is computed from the stream belongs to the update, one that is computed from the
 """
 from __future__ import annotations
 
-import torch
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
 from .operations import CASTS, LINEAR_MAPS
 from .reasons import Reason
 from .sums import argument, is_float, sum_of
-from .trail import Step
+from .trail import Step, is_per_token
 
 _VIEWS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
-          "alias", "transpose", "permute", "movedim", "swapaxes", "expand", "expand_as", "dropout", "identity", "neg", "negative"} | CASTS
+          "alias", "transpose", "permute", "movedim", "swapaxes", "expand", "expand_as", "dropout", "identity", "neg",
+          "negative"} | CASTS
 _CONVOLUTIONS = {"conv1d", "causal_conv1d", "convolution"}
 
 
@@ -44,7 +44,7 @@ def _below(flow, node: Node, state: Node, skip: int, between: int, busy: int, co
         found = [(x, gate) for x, gate in pairs if isinstance(x, Node) and is_float(value_of(x)) and flow.depends(x, state)
                  and _gates(flow, gate, x, state, skip, between, busy)]
         if len(found) > 1:      # one value a token is the gate
-            found = [(x, gate) for x, gate in found if _per_token(gate)]
+            found = [(x, gate) for x, gate in found if is_per_token(gate)]
         return found[0][0] if len(found) == 1 else None
     total = sum_of(node)
     if total is not None and total.two_terms and convolutions and (below := _meet(total.first, total.rest[0])) is not None:
@@ -66,19 +66,14 @@ def _gates(flow, gate, x: Node, state: Node, skip: int, between: int, busy: int)
     if cone & busy or gate is state:
         return False
     content = (flow.ancestors(x) | flow.bit(x)) & between
-    if not _per_token(gate) and not content & busy and _reads_plainly(flow, x, state, content):
+    if not is_per_token(gate) and not content & busy and _reads_plainly(flow, x, state, content):
         return False                                # two token-wise factors: a gated MLP, or a gate on one?
     shared = flow.descendants(flow.bit(state), cone & content)
     if not shared & ~skip:
         return True
     # Shared with the block, and yet a gate of the stream: the block reads a weighted sum of streams with it.
-    return _per_token(gate) and any(op_name(u) == "mul" and flow.bit(u) & content & ~shared and any(
-        _per_token(a) and flow.depends(a, state) for a in u.all_input_nodes) for u in state.users)
-
-
-def _per_token(node: Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[-1], int) and value.shape[-1] == 1
+    return is_per_token(gate) and any(op_name(u) == "mul" and flow.bit(u) & content & ~shared and any(
+        is_per_token(a) and flow.depends(a, state) for a in u.all_input_nodes) for u in state.users)
 
 
 def _reads_plainly(flow: Dataflow, x: Node, state: Node, content: int) -> bool:

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from operator import or_
 
 from torch.fx import Graph, Node
 
@@ -65,6 +67,11 @@ class Stream:
     def states(self) -> tuple[Node, ...]:
         return (self.updates[0].before, *(u.after for u in self.updates))
 
+    @cached_property
+    def covered(self) -> int:
+        """Bit set: the states, what lies between them, and the branches."""
+        return reduce(or_, (u.nodes for u in self.updates)) | self.flow.mask(self.states)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoStream:
@@ -95,14 +102,13 @@ def find_streams(graph: Graph, *, busy: Busy) -> tuple[Stream, ...] | NoStream:
             break
         streams.append(stream)
         states |= flow.mask(stream.states)
-        for update in stream.updates:
-            covered |= update.nodes | flow.bit(update.before)
+        covered |= stream.covered
         if _stray(flow, covered, states, kinds, output) is None:
             break
     if not streams:
         return NoStream(reason=Reason("no_stream", "no chain of residual additions x + f(x) runs through this graph"),
                         length=longest)
-    stray = _stray(flow, covered, states, kinds, output) or _unknown(flow, streams, output)
+    stray = _stray(flow, covered, states, kinds, output) or _unknown(flow, streams, covered, output)
     if stray is not None:
         return NoStream(length=longest, reason=Reason(
             "gap", f"{stray.name} mixes or routes tokens outside the branches of the residual stream; the "
@@ -142,7 +148,7 @@ def _in_series(flow: Dataflow, streams: list[Stream], routing: int) -> Reason | 
         for earlier in streams[:i]:
             last = earlier.states[-1]
             own = (flow.ancestors(first) | flow.bit(first)) & ~flow.ancestors(last)
-            alone = own & flow.marked("begins", _begins) and not any(u.nodes & routing for u in earlier.updates)
+            alone = own & flow.marked("begins", _begins) and not earlier.covered & routing
             if flow.depends(first, earlier.states[1]) and not alone:
                 return Reason("gap", f"the residual stream is broken between {last.name} and {first.name}: what lies "
                               "between is no addition", node=first.name)
@@ -177,10 +183,10 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
     mixing = flow.mask(n for n, kind in kinds.items() if kind == "mixes")
     all_convolved = all(trailing_convolution(s.contribution) for s in steps)
     cores = [peel(flow, step, states[i], flow.mask(kinds), convolutions=all_convolved) for i, step in enumerate(steps)]
+    routing = flow.mask(kinds) & ~mixing
     updates = []
     for i, (step, core) in enumerate(zip(steps, cores)):
         # A sum of attention and MLP, added at once, is two parallel blocks: where layers are one update each.
-        routing = flow.mask(kinds) & ~mixing
         before = i == 0 or len(updates[-1].contributions) > 1 or bool(updates[-1].contributions[0].branch & routing) \
             or not updates[-1].contributions[0].branch & mixing
         alone = before and (i + 1 == len(steps) or bool(_branch(flow, cores[i + 1], states, i + 1)[1] & mixing))
@@ -209,7 +215,7 @@ def _branch(flow: Dataflow, core: Node, states: list[Node], index: int) -> tuple
 def _overwritten(flow: Dataflow, updates: Sequence[Update]) -> Reason | None:
     for update in updates:
         for node in (update.before, *(c.node for c in update.contributions), update.add, update.after):
-            late = [w for w in flow.writes_to(node) if flow.position[w] > flow.position[node]]
+            late = flow.late_writes(node)
             if late:
                 return Reason("overwritten", f"{late[0].name} writes into the memory of {node.name}, a value of the "
                               "residual stream, and other values share that memory", node=node.name)
@@ -225,11 +231,9 @@ def _ends_in_head(last: Node, output: Node) -> Reason | None:
 
 def _goes_around(stream: Stream, output: Node) -> Reason | None:
     """An earlier state that meets the last one again after it: the updates that were found are not the whole stream."""
-    flow, last, inside = stream.flow, stream.states[-1], 0
-    for update in stream.updates:
-        inside |= update.nodes
+    flow, last = stream.flow, stream.states[-1]
     seeds = flow.mask(stream.states[:-1])
-    after = [n for n in flow.members(flow.ancestors(output) & ~inside) if flow.depends(n, last) or n is last]
+    after = [n for n in flow.members(flow.ancestors(output) & ~stream.covered) if flow.depends(n, last)]
     for node in after:
         value = value_of(node)
         if not is_float(value) or value.dim() < 2:
@@ -269,12 +273,10 @@ def _begins(node: Node) -> bool:
     return op_name(node) == "embedding" or node.op == "placeholder" and is_float(value_of(node)) and not is_weight(node)
 
 
-def _unknown(flow: Dataflow, streams: list[Stream], output: Node) -> Node | None:
+def _unknown(flow: Dataflow, streams: list[Stream], covered: int, output: Node) -> Node | None:
     """An operation before or after the streams that may mix tokens in a way that is not known here (a recurrence, say)."""
-    covered = first = last = 0
+    first = last = 0
     for stream in streams:
-        for update in stream.updates:
-            covered |= update.nodes | flow.bit(update.before)
         first |= flow.ancestors(stream.states[0])
         last |= flow.bit(stream.states[-1])
     begins = flow.marked("begins", _begins)

@@ -21,12 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 
 from torch.fx import Graph, Node
 
-from .dataflow import Dataflow, op_name, value_inputs, value_of, written_arguments
+from .dataflow import Dataflow, op_name, same_sizes, value_inputs, value_of, written_arguments
 from .detect import Block, Blocks, Layer
 from .operations import CASTS, VIEWS
 from .reasons import Reason
@@ -146,9 +144,7 @@ class _Redirect:
 
 
 def _plan(blocks: Blocks, layer: Layer, reads: Reads) -> list[_Redirect]:
-    sides = [(block, reads.attention) for block in layer.leading]
-    if layer.mlp not in layer.leading:
-        sides.append((layer.mlp, reads.mlp))
+    sides = [*((block, reads.attention) for block in layer.leading), (layer.mlp, reads.mlp)]
     found = (_read(blocks, block, missing) for block, missing in sides if missing)
     return [redirect for redirect in found if redirect is not None]
 
@@ -156,7 +152,8 @@ def _plan(blocks: Blocks, layer: Layer, reads: Reads) -> list[_Redirect]:
 def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redirect | None:
     stream = block.stream
     origin = block.contribution.origin
-    hidden = tuple((b, m.part) for m in missing if (b := _block(blocks, m)) is not block and b.update < origin and b.stream is stream)
+    hidden = tuple((b, m.part) for m in missing
+                   if (b := _block(blocks, m)) is not block and b.update < origin and b.stream is stream)
     value = _without(stream, origin, hidden)
     state = stream.states[origin]
     if not hidden or value is state:
@@ -193,15 +190,15 @@ def _same_layout(flow: Dataflow, update: Update, base: Recipe) -> bool:
         Undefined: it also scales or mixes, so there is no earlier state of that layout.
     """
     have, want = value_of(like(base)), value_of(update.after)
-    same = have.dtype == want.dtype and have.dim() == want.dim() and all(
-        p == q for p, q in zip(have.shape, want.shape) if isinstance(p, int) and isinstance(q, int))
+    if have.dtype == want.dtype and same_sizes(have, want):
+        return True
     more = next((n for n in flow.members(_of_update(flow, update)) if op_name(n) not in VIEWS | CASTS
                  and sum_of(n) is None), None)
-    if not same and more is not None:
+    if more is not None:
         raise Undefined(Reason("layout", f"{update.before.name}, the residual stream before {update.add.name}, has another "
                                f"shape or dtype than after it, and {more.name} ({op_name(more)}) changes more than that, so "
                                "it cannot be read in its place", node=update.add.name))
-    return same
+    return False
 
 
 def _kept(flow: Dataflow, block: Block) -> Recipe:
@@ -215,23 +212,15 @@ def shared_nodes(block: Block) -> tuple[Node, ...]:
     """What the block's branch has in common with the stream's own path and with parallel blocks: a norm, say."""
     stream, flow = block.stream, block.stream.flow
     others = 0
-    for index, update in enumerate(stream.updates):
-        if index < block.contribution.origin:
-            continue
-        own = 0
-        for contribution in update.contributions:
-            if contribution.node is not block.node:
-                same = contribution.origin == block.contribution.origin
-                others |= contribution.branch if same else 0
-            own |= contribution.branch
+    for update in stream.updates[block.contribution.origin:block.update + 2]:
         others |= _of_update(flow, update)
-        if index > block.update and index > block.contribution.origin:
-            break
+        for contribution in update.contributions:
+            if contribution.node is not block.node and contribution.origin == block.contribution.origin:
+                others |= contribution.branch
     found = flow.members(others & block.contribution.branch & ~flow.bit(block.node))
-    inside = reduce(or_, (u.nodes for u in stream.updates)) | flow.mask(stream.states)
-    live = flow.ancestors(flow.nodes[-1])
+    outside = flow.ancestors(flow.nodes[-1]) & ~stream.covered
     for node in found:
-        aside = next((u for u in node.users if flow.bit(u) & live & ~inside), None)
+        aside = next((u for u in node.users if flow.bit(u) & outside), None)
         if aside is not None:
             raise Undefined(Reason(
                 "shared_computation", f"{node.name} ({op_name(node)}) is used by this block and the residual stream, and by "
@@ -243,7 +232,7 @@ def shared_nodes(block: Block) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _of_update(flow: Dataflow, update) -> int:
+def _of_update(flow: Dataflow, update: Update) -> int:
     """Nodes of U itself: between the state and the next one without passing through a contribution."""
     cut, seen = {c.node for c in update.contributions}, 0
     todo = [update.after]
@@ -261,13 +250,17 @@ def _of_update(flow: Dataflow, update) -> int:
 def _sees_no_other(blocks: Blocks, block: Block, hidden) -> None:
     """The block takes in hidden contributions by no other way than the state that it reads."""
     state = block.stream.states[block.contribution.origin]
-    seen = _upstream(blocks, block, stop=state) - {state}
-    for other, part in hidden:
-        update = other.stream.updates[other.update]
-        if update.add in seen or part == "all" and other.node in seen:
-            raise Undefined(Reason(
-                "reads_two_states", f"{block.label or block.node.name} reads the residual stream at two places, and one of "
-                f"them has what {other.label or other.node.name} adds, which it may not see", node=block.node.name))
+    other = _seen_of(hidden, _upstream(blocks, block, stop=state) - {state})
+    if other is not None:
+        raise Undefined(Reason(
+            "reads_two_states", f"{block.label or block.node.name} reads the residual stream at two places, and one of "
+            f"them has what {other.label or other.node.name} adds, which it may not see", node=block.node.name))
+
+
+def _seen_of(hidden: tuple[tuple[Block, str], ...], seen: set[Node]) -> Block | None:
+    """A hidden block whose contribution, or whose sum with the stream, is among ``seen``."""
+    return next((other for other, part in hidden if other.stream.updates[other.update].add in seen
+                 or part == "all" and other.node in seen), None)
 
 
 # --- the change -------------------------------------------------------------------------------------------------
@@ -298,13 +291,11 @@ def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
     What another block made of it (a shared expert that read it, indices that layers share) is that block's own output.
     """
     for redirect in redirects:
-        seen = _upstream(blocks, redirect.block, stop=None)
-        for other, part in redirect.hidden:
-            update = other.stream.updates[other.update]
-            if update.add in seen or part == "all" and other.node in seen:
-                raise ContractBroken(
-                    f"{redirect.block.label or redirect.block.node.name} still reads {other.node.name}, which it may not "
-                    "see; please report this model")
+        other = _seen_of(redirect.hidden, _upstream(blocks, redirect.block, stop=None))
+        if other is not None:
+            raise ContractBroken(
+                f"{redirect.block.label or redirect.block.node.name} still reads {other.node.name}, which it may not "
+                "see; please report this model")
 
 
 def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
@@ -328,9 +319,10 @@ def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
 def _report(layer: Layer, reads: Reads | None, done, layers, reason: Reason | None, *, begins: bool) -> LayerReport:
     k = layer.index
     before = ("the embedding" if begins else f"layer {k - 1} output", f"layer {k} attention output")
-    changed = {redirect.block for redirect in done}
-    reads = Reads(attention=reads.attention if reads and changed & set(layer.leading) else (),
-                  mlp=reads.mlp if reads and layer.mlp in changed else ())
+    # By node: the hash of a block takes in its whole stream.
+    changed = {redirect.block.node for redirect in done}
+    reads = Reads(attention=reads.attention if reads and any(b.node in changed for b in layer.leading) else (),
+                  mlp=reads.mlp if reads and layer.mlp.node in changed else ())
     return LayerReport(
         index=k, kind=layer.mlp.kind, requested=k in layers, reason=reason, label=layer.mlp.label,
         rewired=bool(done),

@@ -171,10 +171,15 @@ def unexplained_choice(flow: Dataflow, nodes: list[Node], before: Node, branch: 
     return None
 
 
+def axis_of(node: Node):
+    """The axis that an operation of ``ALONG_AN_AXIS`` works along, as it is given or by default."""
+    position, default = ALONG_AN_AXIS.get(op_name(node), (1, -1))
+    return node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+
+
 def _ranked_size(node: Node, ranked) -> int | None:
     """How many values there are to choose from; None where that is not known."""
-    position, axis = ALONG_AN_AXIS.get(op_name(node), (1, -1))
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", axis)
+    axis = axis_of(node)
     size = ranked.shape[axis if isinstance(axis, int) else -1] if isinstance(ranked, torch.Tensor) and ranked.dim() else None
     return size if isinstance(size, int) else None
 
@@ -434,12 +439,12 @@ class _Router:
 def of_tokens(flow: Dataflow) -> int:
     """Bit set: what is computed from the input's embedding, or from hidden states that are an argument."""
     embeddings = flow.marked("embedding", lambda n: op_name(n) == "embedding")
-    sources = flow.marked("tokens enter", lambda n: _is_hidden_states(n) or (
+    sources = flow.marked("tokens enter", lambda n: is_hidden_states(n) or (
         op_name(n) == "embedding" and not flow.ancestors(n) & embeddings))
     return flow.marked("of tokens", lambda n: bool((flow.ancestors(n) | flow.bit(n)) & sources))
 
 
-def _is_hidden_states(node: Node) -> bool:
+def is_hidden_states(node: Node) -> bool:
     value = value_of(node)
     return node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point() \
         and value.dim() > 2 and not _is_parameter(node)

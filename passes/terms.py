@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .dataflow import Dataflow, op_name, value_of
-from .operations import CASTS, EXCHANGES, FILLS_SLOTS, MAKES_MEMORY, TAKES_A_LIKENESS, TAKES_TOKENS
+from .dataflow import Dataflow, op_name, value_inputs, value_of
+from .operations import CASTS, FILLS_SLOTS, MAKES_MEMORY, TAKES_TOKENS
 from .reasons import Reason
 from .recipe import Copy, Recipe
 from .routing import is_weight
@@ -33,7 +33,7 @@ class Terms:
     def is_routed(self, node: Node) -> bool:
         return bool(self.routed >> self.flow.position[node] & 1)
 
-    def kept(self, node: Node):
+    def kept(self, node: Node) -> Recipe:
         """Recipe for ``node`` without its routed terms, None where nothing is left.
 
         Raises:
@@ -45,7 +45,7 @@ class Terms:
         if total is not None and total.two_terms:
             left, right = self.kept(total.first), self.kept(total.rest[0])
             if left is None or right is None:
-                return self._shaped(left_over(total, first=left, rest=right), node)
+                return shaped(left_over(total, first=left, rest=right), node)
             return Copy(node, tuple({total.first: left, total.rest[0]: right}.items()))
         if op_name(node) in ("index_add", "scatter_add") and node.args and not self.is_routed(node.args[0]):
             return self.kept(node.args[0])
@@ -66,12 +66,8 @@ class Terms:
                 node=node.name))
         return None
 
-    @staticmethod
-    def _shaped(recipe: Recipe, node: Node) -> Recipe:
-        return None if recipe is None else shaped(recipe, node)
-
     def _readable(self, node: Node) -> Node:
-        late = [w for w in self.flow.writes_to(node) if self.flow.position[w] > self.flow.position[node]]
+        late = self.flow.late_writes(node)
         if late:
             raise Undefined(Reason(
                 "overwritten", f"{late[0].name} writes into the memory of {node.name}, which the stream without the "
@@ -113,9 +109,7 @@ class Terms:
             if current in seen or not self.is_routed(current):
                 continue
             seen.add(current)
-            inputs = current.all_input_nodes
-            if op_name(current) in TAKES_A_LIKENESS:
-                inputs = inputs[:1]
+            inputs = value_inputs(current)
             unseen = not any(map(self.is_routed, inputs)) and self.flow.ancestors(current) & self.routed
             if unseen:      # routed by way of memory that was written in place
                 inputs = [*inputs, *(a for i in inputs for w in self.flow.writes_to(i)

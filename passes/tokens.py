@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, value_of
 from .operations import ALONG_AN_AXIS, ATTENTION, MAKES_MEMORY, PRODUCTS, TOKEN_WISE, TRANSPOSES
-from .routing import is_weight, of_tokens
+from .routing import axis_of, is_weight, of_tokens
 
 
 def mixes(flow: Dataflow, node: Node, before: Node) -> str:
@@ -35,7 +35,7 @@ def mixes(flow: Dataflow, node: Node, before: Node) -> str:
     if name == "embedding":
         return "no" if is_weight(node.args[1]) else "maybe"
     if name in ALONG_AN_AXIS:
-        along = _axis(node, name)
+        along = _axis(node)
         if along == "features" and _has_layout(flow, node, before):
             return "no"
         if along == "other" and name in ("cumsum", "cumprod", "logcumsumexp", "cummax"):
@@ -50,10 +50,9 @@ def factors(node: Node) -> list[Node]:
     return node.all_input_nodes
 
 
-def _axis(node: Node, name: str) -> str:
+def _axis(node: Node) -> str:
     """Which axis ``node`` works along: "features" (the last), "other", or "" where it does not say."""
-    position, default = ALONG_AN_AXIS[name]
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    axis = axis_of(node)
     value = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
     if not isinstance(axis, int) or not isinstance(value, torch.Tensor):
         return ""

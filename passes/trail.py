@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
-from .dataflow import Dataflow, op_name, value_of
+from .dataflow import Dataflow, op_name, same_sizes, value_of
 from .operations import CASTS
 from .routing import is_weight
-from .sums import Sum, argument, is_float, sum_of
+from .sums import argument, is_float, sum_of
 
 _SAME_ELEMENTS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
                   "alias", "transpose", "permute", "movedim", "swapaxes", "detach", "dropout", "identity", "layer_norm",
@@ -29,7 +29,6 @@ class Step:
     """One update of the stream."""
     path: tuple[Node, ...]    # from the update before (or the first value) to the operand of this one
     add: Node
-    total: Sum
     skip: Node                # the operand that is the stream
     contribution: Node        # the operand that is added to it
 
@@ -63,7 +62,7 @@ def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
             if node is trails[node].start:
                 break
             node = trails[node].previous
-        steps.append(Step(path=tuple(path[::-1]), add=add, total=sum_of(add), skip=trails[add].previous,
+        steps.append(Step(path=tuple(path[::-1]), add=add, skip=trails[add].previous,
                           contribution=trails[add].contribution))
         best = path[-1]
     return steps[::-1]
@@ -166,11 +165,16 @@ def _is_gate(flow: Dataflow, gate, trail: _Trail, busy: int) -> bool:
         return not isinstance(gate, Node) or _is_clean(flow, gate, trail, busy)
     if not _is_clean(flow, gate, trail, busy):
         return False
-    value = value_of(gate)
-    if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[-1], int) and value.shape[-1] == 1:
+    if is_per_token(gate):
         return True
     between = flow.descendants(flow.bit(trail.start), flow.ancestors(gate) & ~flow.ancestors(trail.start))
     return not any(op_name(n) in ("linear", "matmul", "mm", "addmm", "einsum", "bmm") for n in flow.members(between))
+
+
+def is_per_token(node: Node) -> bool:
+    """One value a token: the last dimension has a single element."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and isinstance(value.shape[-1], int) and value.shape[-1] == 1
 
 
 def _is_offset(flow: Dataflow, other: Node, trail: _Trail, trails: dict[Node, _Trail], busy: int) -> bool:
@@ -184,7 +188,7 @@ def _is_offset(flow: Dataflow, other: Node, trail: _Trail, trails: dict[Node, _T
     if flow.depends(other, trail.start):
         return _is_gate(flow, other, trail, busy) and not _alike(value_of(other), value_of(trail.start))
     return trail.length > 0 and not flow.depends(other, trail.root) and not flow.depends(trail.root, other) \
-        and not any(flow.depends(trail.root, a) for a in ([known.root] if known else [])) \
+        and (known is None or not flow.depends(trail.root, known.root)) \
         and _is_clean(flow, other, trail, busy)
 
 
@@ -203,9 +207,7 @@ def _keeps_features(node: Node, x: Node) -> bool:
 
 
 def _alike(x, y) -> bool:
-    """Same rank and same static sizes, floating point. Symbolic sizes are never compared."""
-    if not is_float(x) or not is_float(y) or x.dim() != y.dim() or x.dim() < 2:
-        return False
-    return all(p == q for p, q in zip(x.shape, y.shape) if isinstance(p, int) and isinstance(q, int))
+    """Floating point, two dimensions at least, same sizes."""
+    return is_float(x) and is_float(y) and x.dim() > 1 and same_sizes(x, y)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .dataflow import Dataflow, op_name, value_inputs, value_of, written_arguments
+from .dataflow import Dataflow, op_name, same_sizes, value_inputs, value_of, written_arguments
 from .operations import CASTS, LINEAR_MAPS, VIEWS
 from .reasons import Reason
 from .recipe import Call, Copy, Recipe, like
@@ -65,16 +65,13 @@ def _again(node: Node, swaps: dict[Node, Recipe]) -> Recipe:
                                "use an out-of-place operation there", node=node.name))
     if not missing:
         return Copy(node, tuple(swaps.items()))
-    result = _left_out(node, swaps, missing)
-    return None if result is None else shaped(result, node)
+    return shaped(_left_out(node, swaps, missing), node)
 
 
 def _left_out(node: Node, swaps: dict[Node, Recipe], missing: list[Node]) -> Recipe:
     name, total = op_name(node), sum_of(node)
     if total is not None:
         rest = None if any(r in missing for r in total.rest) else swaps.get(total.rest[0], total.rest[0])
-        if len(total.rest) > 1 and rest is not None:
-            rest = total.rest[0]
         first = swaps.get(total.first, total.first)
         if first is not None or (len(total.rest) == 1 and name != "lerp"):
             return left_over(total, first=first, rest=rest)
@@ -91,19 +88,20 @@ def _affine(node: Node, name: str) -> bool:
 
 
 def shaped(recipe: Recipe, node: Node) -> Recipe:
-    """``recipe`` in the dtype of ``node``; promotion by the term that is gone must not be lost."""
+    """``recipe`` in the dtype of ``node``; promotion by the term that is gone must not be lost. None stays None."""
+    if recipe is None:
+        return None
     have, want = value_of(like(recipe)), value_of(node)
     if not isinstance(have, torch.Tensor) or not isinstance(want, torch.Tensor):
         return recipe
-    if have.dim() != want.dim() or any(p != q for p, q in zip(have.shape, want.shape)
-                                       if isinstance(p, int) and isinstance(q, int)):
+    if not same_sizes(have, want):
         raise Undefined(Reason("update_not_linear", f"{node.name} broadcasts the residual stream against the "
                                "contribution, so it has another shape without it", node=node.name))
     return recipe if have.dtype == want.dtype else Call("to", (recipe, want.dtype), node, method=True)
 
 
 def _readable(flow: Dataflow, node: Node) -> Node:
-    late = [w for w in flow.writes_to(node) if flow.position[w] > flow.position[node]]
+    late = flow.late_writes(node)
     if late and node.op not in ("placeholder", "get_attr"):
         raise Undefined(Reason("overwritten", f"{late[0].name} writes into the memory of {node.name}, which the stream "
                                "without the missing part is made of", node=node.name))
