@@ -83,15 +83,14 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
             "several_streams", f"{len(blocks.idle)} more residual stream(s), of {blocks.idle[0].states[0].name} for one, have "
             f"no experts (a vision tower?), and connectivity {', '.join(map(repr, dense))} is for dense layers too; use "
             "'farskip', or compile the decoder alone"), part=True)
-    names = config.of_layers(count)
+    plan = plan_of(config, count)
     if not report.marked and where.continues_unknown_cache(json.dumps(config.saved())):
         _refuse(config, WrongConnectivityError, f"{where.name!r} continues a KV cache that was not filled by this "
                 "compiled model: the cached tokens would have another connectivity than the new ones. generate with a "
                 "compile_config does this (it compiles the decoding step and not the prefill), and so does a prefill by "
                 "the original model. Use farskip_fx.apply(model), or begin the sequence with the compiled model")
     with _timed(report, "rewire"):
-        result = rewire(gm.graph, blocks, layers=config.indices(count),
-                        connectivity=lambda layer, earlier: ask(names[layer.index], layer, earlier))
+        result = rewire(gm.graph, blocks, **plan)
     report.rewired = result
     if config.overlap and config.inner != "eager":
         with _timed(report, "split"):
@@ -102,6 +101,17 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
         text = "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in result.refused)
         _refuse(config, RefusedError, f"connectivity {config.connectivity!r} cannot be applied: {text}. Choose other "
                 "layers or another connectivity, or pass strict=False to leave these layers as they are")
+
+
+def plan_of(config: FarskipConfig, count: int) -> dict:
+    """What ``rewire`` is to do with ``count`` layers: ``connectivity`` and ``layers``.
+
+    Raises:
+        ConfigError: the configuration names a layer that is not there.
+    """
+    names = config.of_layers(count)
+    return {"layers": config.indices(count),
+            "connectivity": lambda layer, earlier: ask(names[layer.index], layer, earlier)}
 
 
 def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, *, part: bool) -> None:

@@ -31,8 +31,8 @@ class Direct:
                 if node not in self.shared[block.node]:
                     self.owner[node] = block
 
-    def run(self, *args) -> tuple[object, list[torch.Tensor]]:
-        """(what the graph returns, the states of the streams in order)."""
+    def run(self, *args) -> object:
+        """What the graph returns; ``values`` then holds what each node was."""
         self.values: dict[Node, object] = {}
         self.seen_by: dict[Node, dict[Node, object]] = {}
         inputs = iter(args)
@@ -40,14 +40,11 @@ class Direct:
             if node.op == "placeholder":
                 self.values[node] = next(inputs)
             elif node.op == "output":
-                return map_arg(node.args[0], self.values.__getitem__), self._states()
+                return map_arg(node.args[0], self.values.__getitem__)
             else:
                 owner = self.owner.get(node)
                 self.values[node] = self._call(node, self.values if owner is None else self._seen_by(owner))
         raise ValueError("the graph has no output")
-
-    def _states(self) -> list[torch.Tensor]:
-        return [self.values[state] for stream in self.blocks.streams for state in stream.states]
 
     def _call(self, node: Node, values) -> object:
         args, kwargs = (map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from . import inner
+from .backend import plan_of
 from .config import FarskipConfig
-from .connectivity import ask
 from .convert import Converted, decoder_of
 from .errors import ConfigError, RefusedError
 from .interpret import Direct
@@ -127,13 +127,10 @@ class _Trace:
         self.compiled_states: list[torch.Tensor] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list) -> Callable:
-        plain, blocks = self._detected(gm)
-        twin, twin_blocks = self._detected(copy.deepcopy(gm))
-        count = len(blocks.layers)
-        names = self.config.of_layers(count)
-        how = dict(connectivity=lambda layer, earlier: ask(names[layer.index], layer, earlier),
-                   layers=self.config.indices(count))
-        direct = Direct(plain, blocks, hidden_from(blocks, **how) if self.config.names else {})
+        twin = copy.deepcopy(gm)
+        blocks, twin_blocks = self._detected(gm), self._detected(twin)
+        how = plan_of(self.config, len(blocks.layers))
+        direct = Direct(gm, blocks, hidden_from(blocks, **how) if self.config.names else {})
         if self.config.names:
             rewire(twin.graph, twin_blocks, **how)
         compiled = inner.compile(self._with_states(twin, twin_blocks), example_inputs, config=self.config, mode=None,
@@ -142,18 +139,18 @@ class _Trace:
 
         def run(*args):
             self.compiled_states = list(self._seeded(compiled, *map(_own, args)))
-            outputs, self.states = self._seeded(direct.run, *args)
+            outputs = self._seeded(direct.run, *args)
             self.states = [direct.values[_after(layer)] for layer in blocks.layers]
             return outputs
         return run
 
-    def _detected(self, gm: GraphModule) -> tuple[GraphModule, Blocks]:
+    def _detected(self, gm: GraphModule) -> Blocks:
         normalize(gm.graph)
         streams = find_streams(gm.graph, busy=is_busy)
         blocks = streams if isinstance(streams, NoStream) else detect(streams)
         if not isinstance(blocks, Blocks):
             raise RefusedError(f"nothing to verify: {blocks.reason}")
-        return gm, blocks
+        return blocks
 
     def _with_states(self, gm: GraphModule, blocks: Blocks) -> GraphModule:
         output = next(iter(reversed(gm.graph.nodes)))
@@ -201,5 +198,4 @@ def _difference(got, reference) -> float:
 
 
 def _tolerance(reference) -> float:
-    return max((max(1e-5, _ROUNDINGS * torch.finfo(t.dtype).eps) if t.dtype is not torch.float32 else 1e-5
-                for t in _tensors(reference)), default=1e-5)
+    return max((max(1e-5, _ROUNDINGS * torch.finfo(t.dtype).eps) for t in _tensors(reference)), default=1e-5)
