@@ -2,6 +2,7 @@
 import copy
 
 import torch
+from torch import nn
 
 import farskip_fx as fs
 
@@ -62,3 +63,15 @@ def _attempt(gm, example_inputs, options):
 def cause(error):
     """The exception that a backend raised, out of Dynamo's BackendCompilerFailed."""
     return getattr(error, "inner_exception", error)
+
+
+class Breaks(nn.Module):
+    """Wraps a part of a model so that Dynamo must break the graph in front of it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        torch._dynamo.graph_break()
+        return self.inner(*args, **kwargs)

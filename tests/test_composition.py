@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import families
 import farskip_fx as fs
-from compiled import cause, logits_of, run
+from compiled import Breaks, cause, logits_of, run
 from oracle import oracle
 
 FAMILY = "qwen2_moe"                      # a gated shared expert, and attention with q_proj, v_proj, o_proj
@@ -463,16 +463,6 @@ def test_suppressed_errors_never_fall_back(applied):
     applied.model.layers[1].mlp = Breaks(applied.model.layers[1].mlp)
     with torch._dynamo.config.patch(suppress_errors=True), torch.no_grad(), pytest.raises(fs.WrongConnectivityError):
         applied(**INPUTS)
-
-
-class Breaks(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        torch._dynamo.graph_break()
-        return self.inner(*args, **kwargs)
 
 
 # --- another connectivity on the same model object --------------------------------------------------------------------

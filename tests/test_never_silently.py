@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import families
 import farskip_fx as fs
-from compiled import cause, logits_of, run
+from compiled import Breaks, cause, logits_of, run
 from oracle import oracle
 
 FAMILY = "deepseek_v3"
@@ -97,18 +97,6 @@ def test_refused_layer_not_strict_is_one_warning():
     # Layer 2 stays as it is: layers 0 and 1 alone give the same numbers.
     with torch.no_grad():
         assert torch.equal(got, run(model, inputs, inner="eager", layers=(0, 1)))
-
-
-class Breaks(nn.Module):
-    """Wraps a part of a model so that Dynamo must break the graph in front of it."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args, **kwargs):
-        torch._dynamo.graph_break()
-        return self.inner(*args, **kwargs)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
