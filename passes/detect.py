@@ -141,6 +141,11 @@ def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
             return NoBlocks(reason=Reason(
                 "parallel_block", f"{_where(block)} computes attention and routed experts in one branch (a parallel "
                 "block); there is no attention output that the experts could skip", node=block.node.name))
+        if block.kind == "nested":
+            return NoBlocks(reason=Reason(
+                "nested", f"{_where(block)}, which is added to the residual stream, is that stream itself after a token "
+                "mixer: a block with a residual of its own, or an earlier state that comes back beside the stream; which of "
+                "the two is not known", node=block.node.name))
     for blocks in classified:
         for before, block, after in zip([None, *blocks], blocks, [*blocks[1:], None]):
             # Where its place is plain, only its layer is in doubt.
@@ -244,6 +249,8 @@ def _classify(stream: Stream, index: int, contribution: Contribution) -> Block:
     mixer = attention or next((n for n, answer in answers.items() if answer == "yes"), None)
     if mixer is not None and _adds_an_mlp(flow, contribution, answers):
         return Block(kind="both", **common)
+    if contribution.nested and (mixer is not None or "maybe" in answers.values()):
+        return Block(kind="nested", **common)
     if mixer is not None:
         return Block(kind="mixer", evidence=f"{mixer.name} mixes tokens", **common)
     if looks_like_experts(nodes):

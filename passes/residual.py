@@ -46,6 +46,7 @@ class Contribution:
     origin: int              # index of the state that the block reads
     branch: int              # bit set: what it computes from that state, ``node`` included (see Dataflow)
     unclear: Reason | None = None   # why it is not known where the block ends and the update begins
+    nested: bool = False     # whether it is the state itself, further updates later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +196,7 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
         for part in parts:
             origin, branch = _branch(flow, part, states, i)
             contributions.append(Contribution(node=part, origin=origin, branch=branch,
-                                              unclear=unclear(flow, part, states[i], step)))
+                                              unclear=unclear(flow, part, states[i], step), nested=part in step.nested))
         before, after = states[i], states[i + 1]
         changed = flow.bit(before) | flow.mask(parts)
         nodes = flow.descendants(changed, (flow.ancestors(after) | flow.bit(after)) & ~flow.ancestors(before))

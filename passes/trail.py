@@ -31,6 +31,7 @@ class Step:
     add: Node
     skip: Node                # the operand that is the stream
     contribution: Node        # the operand that is added to it
+    nested: frozenset[Node]   # where that is the stream itself, updates later (x + f(x) added to x): its trail from there
 
 
 class _Trail(NamedTuple):
@@ -62,10 +63,19 @@ def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
             if node is trails[node].start:
                 break
             node = trails[node].previous
-        steps.append(Step(path=tuple(path[::-1]), add=add, skip=trails[add].previous,
-                          contribution=trails[add].contribution))
+        skip, content = trails[add].previous, trails[add].contribution
+        steps.append(Step(path=tuple(path[::-1]), add=add, skip=skip, contribution=content,
+                          nested=_nested(content, trails[skip], trails)))
         best = path[-1]
     return steps[::-1]
+
+
+def _nested(content: Node, skip: _Trail, trails: dict[Node, _Trail]) -> frozenset[Node]:
+    found, node = set(), content
+    while node in trails and trails[node].root is skip.root and trails[node].length > skip.length:
+        found.add(node)
+        node = trails[node].previous
+    return frozenset(found)
 
 
 def _outermost(flow: Dataflow, best: Node | None, trails: dict[Node, _Trail]) -> Node | None:
