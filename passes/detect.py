@@ -27,7 +27,7 @@ from operator import or_
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name
-from .operations import ATTENTION, EXCHANGES, LINEAR_MAPS, PRODUCTS, SELECTORS
+from .operations import ATTENTION, CASTS, EXCHANGES, LINEAR_MAPS, PRODUCTS, SCALES, SELECTORS, VIEWS
 from .reasons import Reason
 from .residual import Contribution, Stream
 from .routing import chooses, experts_of, is_hidden_states, looks_like_experts, scores_of, unexplained_choice
@@ -143,9 +143,9 @@ def detect(streams: Sequence[Stream]) -> Blocks | NoBlocks:
                 "block); there is no attention output that the experts could skip", node=block.node.name))
         if block.kind == "nested":
             return NoBlocks(reason=Reason(
-                "nested", f"{_where(block)}, which is added to the residual stream, is that stream itself after a token "
-                "mixer: a block with a residual of its own, or an earlier state that comes back beside the stream; which of "
-                "the two is not known", node=block.node.name))
+                "nested", f"{_where(block)} mixes tokens and has residual additions of its own: one block of the residual "
+                "stream, or several of which only the last addition was found; which of the two is not known",
+                node=block.node.name))
     for blocks in classified:
         for before, block, after in zip([None, *blocks], blocks, [*blocks[1:], None]):
             # Where its place is plain, only its layer is in doubt.
@@ -202,12 +202,23 @@ def _group(blocks: list[Block], start: int) -> tuple[list[Layer], list[Block]] |
         if end < 0 or not others:
             waiting += mixers + others
             continue
+        mixed_in = next((b for b in others[:end + 1] if _is_mixed_in(b)), None)
+        if mixed_in is not None:
+            return NoBlocks(reason=Reason(
+                "mixed_in", f"{_where(mixed_in)} adds an earlier value to the residual stream, and computes nothing, between "
+                "a token mixer and an MLP: which of the blocks around it the MLP could skip is not defined",
+                node=mixed_in.node.name))
         layers.append(Layer(index=start + len(layers), blocks=(*waiting, *mixers, *others[:end + 1])))
         waiting = others[end + 1:]
     if not layers:
         return NoBlocks(reason=Reason(
             "not_alternating", f"no MLP or MoE follows the {len(blocks)} token mixers of this model"))
     return layers, waiting
+
+
+def _is_mixed_in(block: Block) -> bool:
+    nodes = block.stream.flow.members(block.contribution.branch)
+    return block.kind == "mlp" and all(op_name(n) in SCALES | VIEWS | CASTS for n in nodes)
 
 
 def _while(blocks: list[Block], mixer: bool):

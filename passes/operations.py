@@ -9,6 +9,7 @@ EXCHANGES = {"all_to_all_single", "all_to_all", "all_gather_into_tensor", "all_g
               "reduce_scatter_tensor", "all_reduce", "all_to_all_single_autograd"}
 ATTENTION = {"scaled_dot_product_attention", "flex_attention", "conv1d", "causal_conv1d", "scan", "associative_scan"}
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "mm"}
+SCALES = {"mul", "imul", "div", "truediv", "itruediv"}
 LINEAR_MAPS = {"linear", "matmul", "mm", "addmm", "bmm", "einsum", "__matmul__", "baddbmm", "addbmm"}
 VIEWS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
           "alias", "expand", "expand_as", "transpose", "permute", "chunk", "split", "getitem", "detach", "unbind",

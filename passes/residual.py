@@ -29,7 +29,7 @@ from operator import or_
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, value_of
-from .operations import ATTENTION, CASTS, HARMLESS_OUTSIDE, LINEAR_MAPS, TOKEN_WISE, VIEWS
+from .operations import ATTENTION, CASTS, HARMLESS_OUTSIDE, LINEAR_MAPS, SCALES, TOKEN_WISE, VIEWS
 from .peel import parallel_parts, peel, trailing_convolution, unclear
 from .reasons import Reason
 from .routing import is_weight
@@ -46,7 +46,7 @@ class Contribution:
     origin: int              # index of the state that the block reads
     branch: int              # bit set: what it computes from that state, ``node`` included (see Dataflow)
     unclear: Reason | None = None   # why it is not known where the block ends and the update begins
-    nested: bool = False     # whether it is the state itself, further updates later
+    nested: bool = False     # whether there are further updates of the state inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
         for part in parts:
             origin, branch = _branch(flow, part, states, i)
             contributions.append(Contribution(node=part, origin=origin, branch=branch,
-                                              unclear=unclear(flow, part, states[i], step), nested=part in step.nested))
+                                              unclear=unclear(flow, part, states[i], step), nested=_nested(flow, step, states[origin], branch)))
         before, after = states[i], states[i + 1]
         changed = flow.bit(before) | flow.mask(parts)
         nodes = flow.descendants(changed, (flow.ancestors(after) | flow.bit(after)) & ~flow.ancestors(before))
@@ -204,6 +204,33 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
             nodes |= c.branch
         updates.append(Update(before=before, add=step.add, after=after, contributions=tuple(contributions), nodes=nodes))
     return updates
+
+
+def _nested(flow: Dataflow, step: Step, state: Node, branch: int) -> bool:
+    """Whether a branch holds what looks like blocks: the state as it is joined with what linear maps made of it, or two
+    additions of that kind one after the other."""
+    chained = {i.add for i in step.inner if flow.bit(i.add) & branch and _has_linear_map(flow, i.contribution, i.skip)}
+    if any(i.start in chained for i in step.inner if i.add in chained):
+        return True
+    joins = (n for n in flow.members(branch) if op_name(n) not in SCALES | LINEAR_MAPS | ATTENTION)
+    return any(_is_scaled(flow, raw, state) and any(_has_linear_map(flow, o, state) for o in node.all_input_nodes)
+               for node in joins for raw in node.all_input_nodes if len(node.all_input_nodes) > 1)
+
+
+def _has_linear_map(flow: Dataflow, node: Node, of: Node) -> bool:
+    """Whether ``node`` is computed from ``of`` through a linear map."""
+    between = (flow.ancestors(node) | flow.bit(node)) & ~flow.ancestors(of) & ~flow.bit(of)
+    return flow.depends(node, of) and any(op_name(n) in LINEAR_MAPS for n in flow.members(flow.descendants(flow.bit(of), between)))
+
+
+def _is_scaled(flow: Dataflow, node: Node, state: Node) -> bool:
+    """``state`` itself but for views, casts and constant factors: no norm."""
+    while node is not state:
+        operands = [a for a in node.all_input_nodes if a is state or flow.depends(a, state)]
+        if op_name(node) not in VIEWS | CASTS | SCALES or len(operands) != 1:
+            return False
+        node = operands[0]
+    return True
 
 
 def _branch(flow: Dataflow, core: Node, states: list[Node], index: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ update.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,15 +14,23 @@ import torch
 from torch.fx import Node
 
 from .dataflow import Dataflow, op_name, same_sizes, value_of
-from .operations import CASTS
+from .operations import CASTS, SCALES
 from .routing import is_weight
 from .sums import argument, is_float, sum_of
 
 _SAME_ELEMENTS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
                   "alias", "transpose", "permute", "movedim", "swapaxes", "detach", "dropout", "identity", "layer_norm",
                   "rms_norm", "view_as", "reshape_as", "t"} | CASTS
-_SCALES = {"mul", "imul", "div", "truediv", "itruediv"}
 _MIXES_STREAMS = {"matmul", "bmm", "einsum", "__matmul__"}
+
+
+@dataclass(frozen=True)
+class Inner:
+    """An addition inside a contribution that carries the stream on, as an update would."""
+    start: Node               # where it comes from: another such addition, or the stream
+    skip: Node
+    add: Node
+    contribution: Node
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Step:
     add: Node
     skip: Node                # the operand that is the stream
     contribution: Node        # the operand that is added to it
-    nested: frozenset[Node]   # where that is the stream itself, updates later (x + f(x) added to x): its trail from there
+    inner: tuple[Inner, ...]  # residuals of its own
 
 
 class _Trail(NamedTuple):
@@ -65,17 +74,16 @@ def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
             node = trails[node].previous
         skip, content = trails[add].previous, trails[add].contribution
         steps.append(Step(path=tuple(path[::-1]), add=add, skip=skip, contribution=content,
-                          nested=_nested(content, trails[skip], trails)))
+                          inner=tuple(_inner(flow, content, trails[skip], trails))))
         best = path[-1]
     return steps[::-1]
 
 
-def _nested(content: Node, skip: _Trail, trails: dict[Node, _Trail]) -> frozenset[Node]:
-    found, node = set(), content
-    while node in trails and trails[node].root is skip.root and trails[node].length > skip.length:
-        found.add(node)
-        node = trails[node].previous
-    return frozenset(found)
+def _inner(flow: Dataflow, content: Node, skip: _Trail, trails: dict[Node, _Trail]) -> Iterator[Inner]:
+    for node in flow.members((flow.ancestors(content) | flow.bit(content)) & ~flow.ancestors(skip.start)):
+        trail = trails.get(node)
+        if trail is not None and trail.contribution is not None and trail.root is skip.root and trail.length > skip.length:
+            yield Inner(start=trails[trail.previous].start, skip=trail.previous, add=node, contribution=trail.contribution)
 
 
 def _outermost(flow: Dataflow, best: Node | None, trails: dict[Node, _Trail]) -> Node | None:
@@ -123,7 +131,7 @@ def _adds(content: Node, trail: _Trail, trails: dict[Node, _Trail]) -> bool:
 
 
 def _is_scaled(node: Node, trails: dict[Node, _Trail]) -> bool:
-    while node is not None and op_name(node) not in _SCALES:
+    while node is not None and op_name(node) not in SCALES:
         node = trails[node].previous
     return node is not None
 
@@ -149,7 +157,7 @@ def _carried(flow: Dataflow, node: Node, trails: dict[Node, _Trail], busy: int) 
         keys = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return [first] if all(k == slice(None) or k is Ellipsis for k in keys) else []
     operands = [a for a in node.args if isinstance(a, Node)]
-    if name in _SCALES:
+    if name in SCALES:
         pairs = [(first, node.args[1])] if name not in ("mul", "imul") else [tuple(node.args[:2]), tuple(node.args[1::-1])]
         return [x for x, gate in pairs if isinstance(x, Node) and x in trails and _alike(value_of(x), value_of(node))
                 and _is_gate(flow, gate, trails[x], busy)]

@@ -26,8 +26,6 @@ def draw(choose) -> ProgramSpec:
     plain = stream in _SCALAR
     if structure in ("parallel", "two_norms") and not plain:
         structure = "sequential"
-    if stream in _MIXED_IN and structure in ("moe_first", "mixers_only"):
-        structure = "sequential"        # what is mixed in would be the first MLP after a mixer
     if stream in (*_COPIES, "skip_scale", "lerp", "highway_convex", "concat") and structure in (
             "dense_beside", "shortcut"):
         structure = "sequential"        # with whose scales would a block read a state that no other block reads?
@@ -126,6 +124,8 @@ def may_be_refused(spec: ProgramSpec, connectivity: str) -> str | None:
         return "two MoEs without a mixer between"
     if spec.stream in ("unet", "concat", "times", "mixed_map"):
         return f"stream {spec.stream}"
+    if spec.stream in _MIXED_IN and any(layer[-1].kind == "mixer" for layer in spec.layers[:-1]):
+        return "an earlier value is mixed in behind a mixer"
     if spec.writes or any(b.extra or b.how == "refine" for b in blocks) or spec.tied:
         return "a breaker"
     if any(b.add in ("stack_sum", "out") for b in blocks):
