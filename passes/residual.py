@@ -209,18 +209,14 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
 def _nested(flow: Dataflow, step: Step, state: Node, branch: int) -> bool:
     """Whether a branch holds what looks like blocks: the state as it is joined with what linear maps made of it, or two
     additions of that kind one after the other."""
-    chained = {i.add for i in step.inner if flow.bit(i.add) & branch and _has_linear_map(flow, i.contribution, i.skip)}
+    linear = flow.mask(n for n in flow.members(branch) if op_name(n) in LINEAR_MAPS)
+    between = lambda node, of: (flow.ancestors(node) | flow.bit(node)) & ~flow.ancestors(of) & ~flow.bit(of)  # noqa: E731
+    chained = {i.add for i in step.inner if flow.bit(i.add) & branch and between(i.contribution, i.skip) & linear}
     if any(i.start in chained for i in step.inner if i.add in chained):
         return True
     joins = (n for n in flow.members(branch) if op_name(n) not in SCALES | LINEAR_MAPS | ATTENTION)
-    return any(_is_scaled(flow, raw, state) and any(_has_linear_map(flow, o, state) for o in node.all_input_nodes)
-               for node in joins for raw in node.all_input_nodes if len(node.all_input_nodes) > 1)
-
-
-def _has_linear_map(flow: Dataflow, node: Node, of: Node) -> bool:
-    """Whether ``node`` is computed from ``of`` through a linear map."""
-    between = (flow.ancestors(node) | flow.bit(node)) & ~flow.ancestors(of) & ~flow.bit(of)
-    return flow.depends(node, of) and any(op_name(n) in LINEAR_MAPS for n in flow.members(flow.descendants(flow.bit(of), between)))
+    return any(_is_scaled(flow, raw, state) and any(between(o, state) & linear for o in node.all_input_nodes)
+               for node in joins if len(node.all_input_nodes) > 1 for raw in node.all_input_nodes)
 
 
 def _is_scaled(flow: Dataflow, node: Node, state: Node) -> bool:

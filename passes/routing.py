@@ -43,9 +43,20 @@ def scores_of(flow: Dataflow, selector: Node, before: Node | None) -> Node | Non
     linear = _scores_of(flow, selector, before)
     if linear is None or before is not None:
         return linear
-    everything = (1 << len(flow.nodes)) - 1
-    found = chooses(selector) and experts_of(flow, flow.nodes, selector, linear, everything) is not None
-    return linear if found else None
+    return linear if chooses(selector) and _experts_anywhere(flow, selector, linear) else None
+
+
+def _experts_anywhere(flow: Dataflow, selector: Node, linear: Node) -> bool:
+    """Whether there are experts behind ``selector``: looked for around it first, which keeps the time linear in layers."""
+    for distance in (_NEAR, len(flow.nodes)):
+        first = max(flow.position[linear] - distance, 0)
+        end = min(flow.position[selector] + distance, len(flow.nodes))
+        nodes, branch = flow.nodes[first:end], (1 << end) - (1 << first)
+        if experts_of(flow, nodes, selector, linear, branch) is not None:
+            return True
+        if op_name(selector) in GATES and any(_is_choice_of_experts(flow, n, nodes, branch) for n in nodes):
+            return False        # scores that are also gates: what is routed begins at the choice
+    return False
 
 
 def _scores_of(flow: Dataflow, selector: Node, before: Node | None) -> Node | None:
@@ -79,6 +90,7 @@ def chooses(selector: Node) -> bool:
 _LOOKS_AT = VIEWS | CASTS | {"t", "mT", "T", "getattr", "_add_batch_dim"}       # at its first operand
 _COMBINES = ELEMENTWISE | LINEAR_MAPS | {"cat", "stack"}
 _MANY = 64
+_NEAR = 500             # nodes
 
 
 def is_weight(node: Node) -> bool:
@@ -128,7 +140,7 @@ def experts_of(flow: Dataflow, nodes: list[Node], selector: Node, linear: Node, 
         return _chosen_experts(router, nodes)
     found = _gated_experts(router, nodes)
     if found is None or any(_is_choice_of_experts(flow, n, nodes, branch) for n in nodes):
-        return None         # scores that are also gates: what is routed begins at the choice
+        return None
     return found
 
 

@@ -80,7 +80,8 @@ def longest_trail(flow: Dataflow, busy: int, *, taken: int = 0) -> list[Step]:
 
 
 def _inner(flow: Dataflow, content: Node, skip: _Trail, trails: dict[Node, _Trail]) -> Iterator[Inner]:
-    for node in flow.members((flow.ancestors(content) | flow.bit(content)) & ~flow.ancestors(skip.start)):
+    later = flow.bit(skip.start) << 1       # weights stand at the beginning of a graph
+    for node in flow.members((flow.ancestors(content) | flow.bit(content)) & -later):
         trail = trails.get(node)
         if trail is not None and trail.contribution is not None and trail.root is skip.root and trail.length > skip.length:
             yield Inner(start=trails[trail.previous].start, skip=trail.previous, add=node, contribution=trail.contribution)
