@@ -1,6 +1,6 @@
 """The backend: the whole pipeline on one screen.
 
-    Dynamo graph -> normalize -> residual stream -> blocks -> rewire -> inner compiler
+    Dynamo graph -> normalize -> residual stream -> blocks -> rewire -> means of gradients -> inner compiler
     (inner="inductor": its post-grad graphs, forward and backward -> schedule -> fence)
 
 ``torch.compile(model, backend=farskip_fx.farskip_backend, options={...})``; options are the fields of FarskipConfig.
@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from . import frame, inner, marker
 from .config import FarskipConfig, merge
 from .connectivity import DENSE, ask
+from .data_parallel import average_gradients
 from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError, WrongConnectivityError
 from .passes.dataflow import op_name
 from .passes.detect import NoBlocks, detect, is_busy
@@ -54,7 +55,9 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     record(report)
     if config.names:
         _rewire(gm, config, report, where)
-        gm.recompile()
+    if config.data_parallel is not None and not where.is_paused(config.data_parallel):
+        report.buckets = average_gradients(gm, example_inputs, config.data_parallel)
+    gm.recompile()
     return inner.compile(gm, example_inputs, config=config, mode=mode, report=report)
 
 

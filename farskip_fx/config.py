@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .connectivity import CONNECTIVITIES, known_names
+from .data_parallel import DataParallel
 from .errors import ConfigError
 from .passes.costs import Rates
 from .per_layer import PerLayer, Runs, runs_of
@@ -36,6 +37,8 @@ class FarskipConfig:
             such layers stay as they are, with one warning.
         attention_parts: with ``overlap``, fused attention of a rewired layer runs in so many calls over groups of heads,
             so that it can cover two exchanges; 1 leaves it whole. The numbers are the same.
+        data_parallel: average gradients inside the compiled backward: what ``farskip_fx.data_parallel(model, group)``
+            returns. ``apply`` also takes the group itself (a DeviceMesh or a process group).
         rates: figures of device and link for the schedule; must be equal on all ranks. None: generic ones.
 
     Raises:
@@ -48,6 +51,7 @@ class FarskipConfig:
     inner: str = "inductor"
     strict: bool = True
     attention_parts: int = 2
+    data_parallel: DataParallel | None = None
     rates: Rates | None = None
     version: int = VERSION
 
@@ -70,6 +74,12 @@ class FarskipConfig:
         if isinstance(self.connectivity, PerLayer) and self.layers != "all":
             raise ConfigError(f"layers={self.layers!r} cannot be combined with a connectivity for each layer; write "
                               f"the layers into its keys ({self.connectivity!r}) and leave layers out")
+        if isinstance(self.data_parallel, Mapping):
+            object.__setattr__(self, "data_parallel", DataParallel(**self.data_parallel))
+        elif self.data_parallel is not None and not isinstance(self.data_parallel, DataParallel):
+            raise ConfigError(f"data_parallel is a {type(self.data_parallel).__name__}; process groups cannot be made while a "
+                              "model is compiled: pass what farskip_fx.data_parallel(model, group) returns, or use "
+                              "farskip_fx.apply(model, data_parallel=group)")
         if isinstance(self.rates, Mapping):
             object.__setattr__(self, "rates", _rates(self.rates))
         elif self.rates is not None and not isinstance(self.rates, Rates):

@@ -9,10 +9,13 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from .backend import agree, farskip_backend
 from .capture import prepare
 from .config import FarskipConfig, merge
+from .data_parallel import data_parallel
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
 from .marker import mark
 from .passes._torch import ignored_in_graphs
@@ -77,7 +80,9 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
 
     Args:
         model: a model with a list of decoder layers, Hugging Face or not.
-        config: a ``FarskipConfig`` or a dict of its fields; alternatively give the fields as keywords.
+        config: a ``FarskipConfig`` or a dict of its fields; alternatively give the fields as keywords. With
+            ``data_parallel`` (a DeviceMesh or a process group) the whole forward of ``model`` is compiled, head and loss
+            included, and its gradients are averaged in the backward; collective, after ``expert_parallel``.
         dynamic: as in ``torch.compile``.
 
     Returns:
@@ -89,7 +94,10 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
         NoMoEError: the model has no list of layers.
     """
     given = _options(config, options)
-    owner = decoder_of(model)
+    if isinstance(given.get("data_parallel"), (DeviceMesh, ProcessGroup)):
+        given["data_parallel"] = data_parallel(model, given["data_parallel"])
+    # Gradients are averaged inside the graph, so the graph holds the head, too.
+    owner = model if given.get("data_parallel") is not None else decoder_of(model)
     current = owner.__dict__.get("forward")
     if isinstance(current, Converted):
         if current._compiled is not None:
@@ -111,7 +119,7 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
 
 def remove(model: nn.Module) -> nn.Module:
     """Undo ``apply``: the model runs its original connectivity again, and its checkpoint says so."""
-    owner = decoder_of(model)
+    owner = model if isinstance(model.__dict__.get("forward"), Converted) else decoder_of(model)
     current = owner.__dict__.get("forward")
     if not isinstance(current, Converted):
         raise ConfigError("this model is not converted: farskip_fx.apply was not called on it")

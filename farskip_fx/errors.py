@@ -26,5 +26,17 @@ class WrongConnectivityError(FarskipError):
     """A converted model would run with its original connectivity."""
 
 
+class GradientError(FarskipError):
+    """A gradient that data parallelism would not average."""
+
+
+class CheckpointError(FarskipError):
+    """A checkpoint is incomplete, damaged or of another model, or another rank could not write or read it."""
+
+
+class CollectiveError(FarskipError):
+    """A rank does not answer, has failed, or takes part in another collective than this one."""
+
+
 class FarskipWarning(UserWarning):
     """``strict=False``: something that was asked for was left unchanged."""

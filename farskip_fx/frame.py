@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from .capture import way_to_one_graph
+from .data_parallel import DataParallel, is_paused
 from .passes._torch import current_translator, guard_that
 
 # Which conversions (their saved fields) have compiled a graph of this module that began without a filled cache.
@@ -87,6 +88,14 @@ class Frame:
         else:
             return ""
         return text + (f" ({_ADVICE[file]}). " if file in _ADVICE else ". ")
+
+    def is_paused(self, parallel: DataParallel) -> bool:
+        """Whether `no_sync` holds the averages of gradients back; this graph is for that state only."""
+        now = is_paused(parallel)
+        translator = current_translator()
+        if translator is not None:
+            guard_that(translator, lambda: is_paused(parallel) == now, "inside or outside of farskip_fx.no_sync")
+        return now
 
     def continues_unknown_cache(self, conversion: str) -> bool:
         """Whether a filled KV cache comes in before this conversion of this module ever began a sequence.

@@ -31,6 +31,7 @@ class Report:
     unchanged: Reason | None = None
     functionalized: int = 0
     split: int = 0                  # attention calls that run in parts
+    buckets: int = 0                # of gradients that are averaged
     nodes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     schedules: list[Schedule] = field(default_factory=list)
