@@ -48,7 +48,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .passes._torch import allow_scalar_outputs, optimization_hint, override_optimization_hint, patch_dynamo_config
+from .passes._torch import (allow_scalar_outputs, optimization_hint, override_optimization_hint, patch_dynamo_config,
+                            timeout_of)
 
 __all__ = [
     "EXCHANGES",
@@ -350,7 +351,8 @@ def _exchange_group(parent: dist.ProcessGroup) -> dist.ProcessGroup:
         if ranks != sorted(ranks):
             raise ValueError(f"the expert group's ranks must ascend, got {ranks}: build the mesh from ascending ranks")
         # Local synchronisation: only the group's ranks take part, so a stage without experts need not call us.
-        own = dist.new_group(ranks, use_local_synchronization=True, group_desc="farskip_expert_parallel")
+        own = dist.new_group(ranks, use_local_synchronization=True, timeout=timeout_of(parent),
+                             group_desc="farskip_expert_parallel")
         _exchange_groups[parent] = own
     return own
 

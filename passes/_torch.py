@@ -86,11 +86,26 @@ def flop_formula(packet):
     return flop_registry.get(packet)
 
 
+def process_group(name: str):
+    """The process group of that name, as functional collectives find it (2.1)."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+    return _resolve_process_group(name)
+
+
+def timeout_of(group):
+    """The timeout of a process group's collectives, for one that is made beside it: ``new_group`` does not take it over,
+    and has 30 minutes (gloo; 2.1: options of a backend). None, which means that default, where it cannot be told."""
+    for device in getattr(group, "_device_types", ()):
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return timeout
+    return None
+
+
 def group_size(name: str) -> int:
     """Ranks of the process group of that name (2.1); 1 where there is none in this process."""
     try:
-        from torch.distributed.distributed_c10d import _resolve_process_group
-        return _resolve_process_group(name).size()
+        return process_group(name).size()
     except (ImportError, KeyError, LookupError, RuntimeError, TypeError, ValueError):
         return 1
 

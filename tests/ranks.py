@@ -10,6 +10,8 @@
 Each rank is a fresh interpreter (spawn) with one OpenMP thread and no visible accelerator, inside an initialised default
 process group. Its result, or its traceback, comes back as a file; nothing is shared with the parent, so that a rank which
 dies takes nothing with it. The first rank to fail ends the run: the others would wait for it in a collective.
+
+`run_each_rank` is for tests of failures: it returns what became of each rank and waits for what the others make of it.
 """
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,46 +57,123 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *, timeout: float = 2
         RankFailure: with the traceback of each rank that raised, the exit code of one that died, or the names of those
             that did not finish.
     """
+    outcomes = _run(fn, world_size, timeout, timeout, GRACE_SECONDS, True, kwargs)
+    failures = sorted((o.when, o.text(rank, timeout)) for rank, o in enumerate(outcomes) if o.status != "returned")
+    if failures:  # the first in time first: the others are often its echo ("connection closed")
+        raise RankFailure("\n\n".join(text for _, text in failures))
+    return [o.value for o in outcomes]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a rank.
+
+    Attributes:
+        status: "returned", "raised", "died" (without a word) or "unfinished" (stopped by us).
+        value: the result, the traceback, the exit code, or None.
+        when: when it was written, for those that wrote something; unfinished ones come last.
+    """
+
+    status: str
+    value: Any
+    when: float
+
+    def text(self, rank: int, timeout: float) -> str:
+        return {
+            "returned": f"rank {rank} returned {self.value!r}",
+            "raised": f"rank {rank} raised:\n{self.value}",
+            "died": f"rank {rank} died with exit code {self.value}",
+            "unfinished": f"rank {rank} did not finish (stopped after another rank failed, or after {timeout:.0f} s)",
+        }[self.status]
+
+
+def run_each_rank(
+    fn: Callable[..., Any],
+    world_size: int = 2,
+    *,
+    timeout: float = 120.0,
+    collective_timeout: float = 6.0,
+    grace: float = 30.0,
+    **kwargs: Any,
+) -> list[Outcome]:
+    """Like `run_ranks`, for functions that fail on purpose: nothing is raised, and no barrier stands at the end.
+
+    Args:
+        timeout: seconds until every rank must have ended; those that have not are killed.
+        collective_timeout: of the process group.
+        grace: seconds that the other ranks have after the first one failed.
+    """
+    return _run(fn, world_size, timeout, collective_timeout, grace, False, kwargs)
+
+
+def _run(
+    fn: Callable[..., Any],
+    world_size: int,
+    timeout: float,
+    collective_timeout: float,
+    grace: float,
+    leave_together: bool,
+    kwargs: dict,
+) -> list[Outcome]:
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="farskip_ranks_") as folder:
         with _environment(CHILD_ENVIRONMENT):  # a spawned child takes the environment over when it starts
             children = [
-                spawn.Process(target=_child, args=(fn, rank, world_size, folder, timeout, kwargs), daemon=True)
+                spawn.Process(
+                    target=_child, args=(fn, rank, world_size, folder, collective_timeout, leave_together, kwargs), daemon=True
+                )
                 for rank in range(world_size)
             ]
             for child in children:
                 child.start()
         try:
-            _wait(children, time.monotonic() + timeout)
+            _wait(children, time.monotonic() + timeout, grace)
         finally:
             unfinished = [rank for rank, child in enumerate(children) if child.is_alive()]
             for child in children:
                 child.kill()
                 child.join()
-        return _collect(folder, children, unfinished, timeout)
+        return [_outcome(folder, rank, child, rank in unfinished) for rank, child in enumerate(children)]
 
 
-def _child(fn: Callable[..., Any], rank: int, world_size: int, folder: str, timeout: float, kwargs: dict) -> None:
+def _child(
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    collective_timeout: float,
+    leave_together: bool,
+    kwargs: dict,
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         import torch
         import torch.distributed as dist
 
         torch.set_num_threads(1)
+        _wait_for_all(rank, world_size, folder)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/rendezvous",  # no port to collide with another test run
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=collective_timeout),
         )
         outcome = ("returned", fn(rank, **kwargs))
-        dist.barrier()  # a rank that leaves early closes connections that others may still read from
-        dist.destroy_process_group()
+        if leave_together:
+            dist.barrier()  # a rank that leaves early closes connections that others may still read from
+            dist.destroy_process_group()
     except BaseException:  # re-raised below: this is the only place where the child can still report
         _write(folder, rank, ("raised", traceback.format_exc()))
         raise SystemExit(1) from None
     _write(folder, rank, outcome)
+
+
+def _wait_for_all(rank: int, world_size: int, folder: str) -> None:
+    """Importing torch takes its time on a busy machine: longer than the timeout of a group may be."""
+    Path(folder, f"here{rank}").touch()
+    while not all(Path(folder, f"here{r}").exists() for r in range(world_size)):
+        time.sleep(POLL_SECONDS)
 
 
 def _write(folder: str, rank: int, outcome: tuple[str, Any]) -> None:
@@ -104,34 +184,22 @@ def _write(folder: str, rank: int, outcome: tuple[str, Any]) -> None:
     partial.rename(path)
 
 
-def _wait(children: list, deadline: float) -> None:
+def _wait(children: list, deadline: float, grace: float) -> None:
+    failed = False
     while any(child.is_alive() for child in children):
         now = time.monotonic()
         if now > deadline:
             return
-        if any(child.exitcode not in (None, 0) for child in children):
-            deadline = min(deadline, now + GRACE_SECONDS)
+        if not failed and any(child.exitcode not in (None, 0) for child in children):
+            failed, deadline = True, min(deadline, now + grace)
         time.sleep(POLL_SECONDS)
 
 
-def _collect(folder: str, children: list, unfinished: list[int], timeout: float) -> list[Any]:
-    """The results, or every failure, the first in time first: the others are often its echo ("connection closed")."""
-    results, failures = [], []
-    for rank, child in enumerate(children):
-        path = Path(folder, f"rank{rank}.pkl")
-        status, value = pickle.loads(path.read_bytes()) if path.exists() else ("died", child.exitcode)
-        if status == "returned":
-            results.append(value)
-        elif status == "raised":
-            failures.append((path.stat().st_mtime, f"rank {rank} raised:\n{value}"))
-        elif rank in unfinished:
-            message = f"rank {rank} did not finish (stopped after another rank failed, or after {timeout:.0f} s)"
-            failures.append((float("inf"), message))
-        else:
-            failures.append((0.0, f"rank {rank} died with exit code {value}"))
-    if failures:
-        raise RankFailure("\n\n".join(message for _, message in sorted(failures)))
-    return results
+def _outcome(folder: str, rank: int, child: Any, unfinished: bool) -> Outcome:
+    path = Path(folder, f"rank{rank}.pkl")
+    if path.exists():
+        return Outcome(*pickle.loads(path.read_bytes()), path.stat().st_mtime)
+    return Outcome("unfinished", None, float("inf")) if unfinished else Outcome("died", child.exitcode, 0.0)
 
 
 @contextlib.contextmanager
