@@ -1,6 +1,7 @@
 """The backend: the whole pipeline on one screen.
 
-    Dynamo graph -> normalize -> residual stream -> blocks -> rewire -> means of gradients -> inner compiler
+    Dynamo graph -> inline checkpoints -> normalize -> residual stream -> blocks -> rewire -> means of gradients
+                 -> inner compiler
     (inner="inductor": its post-grad graphs, forward and backward -> schedule -> fence)
 
 ``torch.compile(model, backend=farskip_fx.farskip_backend, options={...})``; options are the fields of FarskipConfig.
@@ -21,6 +22,7 @@ from .config import FarskipConfig, merge
 from .connectivity import DENSE, ask
 from .data_parallel import average_gradients
 from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError, WrongConnectivityError
+from .passes.checkpointing import inline_checkpoints
 from .passes.dataflow import op_name
 from .passes.detect import NoBlocks, detect, is_busy
 from .passes.normalize import normalize
@@ -53,6 +55,9 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     config = _settle(options, marked, where.saved)
     report = Report(graph=where.name, config=config, marked=marked is not None, nodes=len(gm.graph.nodes))
     record(report)
+    if config.names or config.overlap and config.inner != "eager":      # without overlap exchanges may run twice
+        with _timed(report, "checkpointing"):
+            report.checkpoints = inline_checkpoints(gm)
     if config.names:
         _rewire(gm, config, report, where)
     if config.data_parallel is not None and not where.is_paused(config.data_parallel):
@@ -62,6 +67,8 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
 
 
 def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame.Frame) -> None:
+    if report.checkpoints.refused is not None:
+        return _leave(report, where, gm, report.checkpoints.refused, part=True)
     with _timed(report, "normalize"):
         report.functionalized = normalize(gm.graph).functionalized
     with _timed(report, "residual"):
@@ -132,8 +139,8 @@ def _leave(report: Report, where: frame.Frame, gm: GraphModule, reason: Reason, 
     elif broken or reason.code == "fragment":
         _refuse(config, SplitModelError, f"graph {where.name!r} holds only a part of the model ({reason}). {broken}"
                 "Decoder layers would be missing from the rewiring. Remove the graph break (run with "
-                "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, turn gradient "
-                "checkpointing off, or pass strict=False to run the original connectivity" + where.hint)
+                "TORCH_LOGS=graph_breaks to see it), compile the whole model and not its layers, or pass "
+                "strict=False to run the original connectivity" + where.hint)
     elif reason.code == "no_moe" or reason.code == "no_stream" and not found & _ROUTES:
         _refuse(config, NoMoEError, f"no MoE found in {where.name!r}: {reason}. Compile a model with "
                 "mixture-of-experts layers, use connectivity='none', or pass strict=False to leave it as it is")
@@ -185,7 +192,7 @@ _MIXES = {"scaled_dot_product_attention", "flex_attention"}
 
 def _telling_operations(gm: GraphModule):
     """What shows that a graph holds a part of a model: attention or routing, in it or in a subgraph of it (a
-    checkpointed layer, say)."""
+    checkpointed layer that was not inlined, say)."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
             yield from {op_name(n) for n in module.graph.nodes} & (_ROUTES | _MIXES)

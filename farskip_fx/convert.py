@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -57,8 +58,10 @@ class Converted:
             return self._compiled(*args, **kwargs)
         install_capture_hooks(args[0] if args and isinstance(args[0], nn.Module) else
                               getattr(self.__wrapped__, "__self__", None), kwargs)
-        # A warning on the way (PyTorch's create_block_mask has one) is no reason to split the model over two graphs.
-        with self._scope(), ignored_in_graphs(warnings.warn):
+        # A warning on the way is no reason to split the model over two graphs. PyTorch's create_block_mask has one, and
+        # transformers, by a method that it gives to loggers, where a cache is asked for under gradient checkpointing.
+        once = getattr(logging.Logger, "warning_once", warnings.warn)
+        with self._scope(), ignored_in_graphs(warnings.warn, once):
             return self._compiled(*args, **kwargs)
 
     def __get__(self, instance, owner=None):

@@ -66,11 +66,13 @@ class Frame:
             return (". Here flex attention breaks it, which warns while it builds the mask: use "
                     "farskip_fx.apply(model), which skips the warning, or add warnings.warn to "
                     "torch._dynamo.config.ignore_logging_functions")
-        if any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules):
-            return (". Here gradient checkpointing hides the layers: turn it off "
-                    "(model.gradient_checkpointing_disable())")
         way = way_to_one_graph(self.module) if self.module is not None else None
-        return f". Here {way}" if way else ""
+        if way:
+            return f". Here {way}"
+        if any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules):
+            return (". Here gradient checkpointing is on: what breaks the graph in a layer breaks it around the whole "
+                    "layer, and transformers warns (which breaks it) where a cache is asked for too: pass use_cache=False")
+        return ""
 
     def break_of(self, gm: GraphModule) -> str:
         """A sentence: where and why the graph breaks, and what helps; empty if it does not break."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import FarskipConfig
+    from .passes.checkpointing import Inlined
     from .passes.reasons import Reason
     from .passes.rewire import Rewired
     from .passes.schedule import Schedule
@@ -29,6 +30,7 @@ class Report:
     marked: bool = False            # came with the marker of ``apply`` or of the decorator
     rewired: Rewired | None = None
     unchanged: Reason | None = None
+    checkpoints: Inlined | None = None
     functionalized: int = 0
     split: int = 0                  # attention calls that run in parts
     buckets: int = 0                # of gradients that are averaged

@@ -33,10 +33,10 @@ def guard_that(translator, holds, text):
     translator.output.guards.add(GlobalStateSource().make_guard(farskip_guard))
 
 
-def ignored_in_graphs(function):
-    """A context in which Dynamo drops calls of ``function`` from what it traces (2.9); of this thread alone (2.13)."""
+def ignored_in_graphs(*functions):
+    """A context in which Dynamo drops calls of ``functions`` from what it traces (2.9); of this thread alone (2.13)."""
     import torch._dynamo.config as dynamo_config
-    return dynamo_config.patch(ignore_logging_functions={*dynamo_config.ignore_logging_functions, function})
+    return dynamo_config.patch(ignore_logging_functions={*dynamo_config.ignore_logging_functions, *functions})
 
 
 # --- inner compilers: farskip_fx/inner.py ------------------------------------------------------------------------

@@ -319,14 +319,9 @@ def test_export_is_refused(strict):
     torch.export.export(fast, (IDS,), {"use_cache": False})
 
 
-def test_gradient_checkpointing_is_exact_or_refused():
+def test_gradient_checkpointing():
     plain, fast = applied(inner="aot_eager")
     fast.train(), plain.train()
     fast.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with torch.enable_grad():
-        try:
-            got = logits_of(fast(IDS, use_cache=False))
-        except BackendCompilerFailed as failed:
-            assert isinstance(cause(failed), fs.FarskipError) and "checkpointing" in str(cause(failed))
-            return
-        close(got, expected(plain, input_ids=IDS), 1e-4)
+        close(logits_of(fast(IDS)), expected(plain, input_ids=IDS), 1e-4)   # use_cache is switched off, with a warning

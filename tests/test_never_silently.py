@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import families
@@ -121,12 +122,15 @@ def test_compiling_one_layer(model):
     assert isinstance(cause(caught.value), fs.SplitModelError)
 
 
-def test_gradient_checkpointing_is_refused(model):
+def test_checkpointing_with_a_policy_of_its_own_is_refused(model):
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with pytest.raises(BackendCompilerFailed) as caught:
-        run(model, INPUTS, inner="eager")
-    assert isinstance(cause(caught.value), fs.FarskipError)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_products})
+    error = refusal(model)
+    assert isinstance(error, fs.RefusedError) and "context_fn" in str(error)
+
+
+def keep_products():
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
 
 
 def test_break_outside_the_layers_is_no_split(model):
