@@ -1,11 +1,12 @@
 """farskip_fx: FarSkip connectivity for Mixture-of-Experts models, as a torch.compile graph transformation."""
 from .backend import farskip_backend
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import FarskipConfig
 from .connectivity import register_connectivity
 from .convert import apply, farskip, remove
 from .data_parallel import DataParallel, clip_grad_norm_, data_parallel, no_sync, reduce_gradients
-from .errors import (ConfigError, FarskipError, FarskipWarning, GradientError, NoMoEError, RefusedError, SplitModelError,
-                     WrongConnectivityError)
+from .errors import (CheckpointError, CollectiveError, ConfigError, FarskipError, FarskipWarning, GradientError, NoMoEError,
+                     RefusedError, SplitModelError, WrongConnectivityError)
 # Importing it registers the exchanges, and `ep_implementation="farskip"`, with transformers.
 from .expert_parallel import expert_parallel, expert_parameters, full_state_dict, gather_experts, load_full_state_dict
 from .passes.costs import Rates
@@ -13,9 +14,10 @@ from .report import Report, last_reports
 from .verify import Verification, verify
 
 __all__ = [
-    "ConfigError", "DataParallel", "FarskipConfig", "FarskipError", "FarskipWarning", "GradientError", "NoMoEError",
-    "Rates", "RefusedError", "Report", "SplitModelError", "Verification", "WrongConnectivityError", "apply",
-    "clip_grad_norm_", "data_parallel", "expert_parallel", "expert_parameters", "farskip", "farskip_backend",
-    "full_state_dict", "gather_experts", "last_reports", "load_full_state_dict", "no_sync", "reduce_gradients",
-    "register_connectivity", "remove", "verify",
+    "CheckpointError", "CollectiveError", "ConfigError", "DataParallel", "FarskipConfig", "FarskipError",
+    "FarskipWarning", "GradientError", "NoMoEError", "Rates", "RefusedError", "Report", "SplitModelError",
+    "Verification", "WrongConnectivityError", "apply", "clip_grad_norm_", "data_parallel", "expert_parallel",
+    "expert_parameters", "farskip", "farskip_backend", "full_state_dict", "gather_experts", "last_reports",
+    "latest_checkpoint", "load_checkpoint", "load_full_state_dict", "no_sync", "reduce_gradients",
+    "register_connectivity", "remove", "save_checkpoint", "verify",
 ]

@@ -38,6 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
 from .errors import ConfigError, GradientError
+from .passes._torch import timeout_of
 from .passes.data_parallel import Entrance, in_buckets, insert_means
 
 __all__ = ["DataParallel", "clip_grad_norm_", "data_parallel", "no_sync", "reduce_gradients"]
@@ -149,7 +150,8 @@ def _own_group(ranks: tuple[int, ...], use: str = "dense") -> str:
     """A group for one kind of traffic, made once. Only its ranks take part in making it."""
     key = (id(dist.group.WORLD), ranks, use)
     if key not in _groups:
-        made = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=f"farskip_{use}_gradients")
+        made = dist.new_group(list(ranks), use_local_synchronization=True, timeout=timeout_of(dist.group.WORLD),
+                              group_desc=f"farskip_{use}_gradients")
         _keep.append(made)
         _groups[key] = made.group_name
     return _groups[key]

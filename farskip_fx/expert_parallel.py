@@ -351,7 +351,7 @@ def _exchange_group(parent: dist.ProcessGroup) -> dist.ProcessGroup:
         if ranks != sorted(ranks):
             raise ValueError(f"the expert group's ranks must ascend, got {ranks}: build the mesh from ascending ranks")
         # Local synchronisation: only the group's ranks take part, so a stage without experts need not call us.
-        own = dist.new_group(ranks, use_local_synchronization=True, timeout=timeout_of(parent),
+        own = dist.new_group(ranks, use_local_synchronization=True, timeout=timeout_of(parent, dist.group.WORLD),
                              group_desc="farskip_expert_parallel")
         _exchange_groups[parent] = own
     return own

@@ -92,14 +92,13 @@ def process_group(name: str):
     return _resolve_process_group(name)
 
 
-def timeout_of(group):
-    """The timeout of a process group's collectives, for one that is made beside it: ``new_group`` does not take it over,
-    and has 30 minutes (gloo; 2.1: options of a backend). None, which means that default, where it cannot be told."""
-    for device in getattr(group, "_device_types", ()):
-        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
-        if timeout is not None:
-            return timeout
-    return None
+def timeout_of(*groups):
+    """The shortest timeout of these process groups' collectives, for a group that is made beside them: ``new_group`` (and
+    a DeviceMesh) takes 30 minutes and not what ``init_process_group`` was given (gloo; 2.1: options of a backend). None,
+    which means that default, where it cannot be told."""
+    backends = [group._get_backend(device) for group in groups for device in getattr(group, "_device_types", ())]
+    timeouts = [getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends]
+    return min((t for t in timeouts if t is not None), default=None)
 
 
 def group_size(name: str) -> int:
