@@ -20,6 +20,7 @@ A router is scores + a choice or gates + experts. What separates it from its loo
 """
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,14 +49,20 @@ def scores_of(flow: Dataflow, selector: Node, before: Node | None) -> Node | Non
 
 def _experts_anywhere(flow: Dataflow, selector: Node, linear: Node) -> bool:
     """Whether there are experts behind ``selector``: looked for around it first, which keeps the time linear in layers."""
-    for distance in (_NEAR, len(flow.nodes)):
-        first = max(flow.position[linear] - distance, 0)
-        end = min(flow.position[selector] + distance, len(flow.nodes))
+    count, chosen = len(flow.nodes), op_name(selector) not in GATES
+    for distance in (_NEAR, count):
+        first, end = max(flow.position[linear] - distance, 0), min(flow.position[selector] + distance, count)
+        if end - first > count - _NEAR:
+            first, end = 0, count
         nodes, branch = flow.nodes[first:end], (1 << end) - (1 << first)
-        if experts_of(flow, nodes, selector, linear, branch) is not None:
-            return True
-        if op_name(selector) in GATES and any(_is_choice_of_experts(flow, n, nodes, branch) for n in nodes):
+        is_choice = functools.partial(_is_choice_of_experts, flow, nodes=nodes, branch=branch)
+        if not chosen and (flow.marked("choice", is_choice) if len(nodes) == count else any(map(is_choice, nodes))):
             return False        # scores that are also gates: what is routed begins at the choice
+        router = _Router(flow=flow, linear=linear, chosen=flow.descendants(flow.bit(selector), branch), branch=branch)
+        if (_chosen_experts if chosen else _gated_experts)(router, nodes) is not None:
+            return True
+        if end - first == count:
+            return False
     return False
 
 
