@@ -9,7 +9,10 @@ nodes, in the words of PyTorch's partitioner:
   meta["ac_graph_id"]   number of the region, counted in graph order: what a later region reads is kept (the
                         stream, once for each state that is read)
 
-AOTAutograd copies both from a node to the operations that it becomes. Nodes that later passes add take them from the node
+Both also stand in the node's name (``linear_3_ac2``, ``topk_ac2_kept``): AOTAutograd's cache finds a graph by its code
+and not by its tags, and would give the same model without checkpointing for it.
+
+AOTAutograd copies the tags from a node to the operations that it becomes. Nodes that later passes add take them from the node
 that they are a copy of; any choice gives the same gradients, only other memory.
 
 Kept in a region
@@ -73,6 +76,8 @@ def _reason_against(gm: GraphModule, call: Node) -> Reason | None:
         return Reason("checkpoint_policy", f"the checkpointed region {call.name} has a policy of its own (context_fn "
                       "of torch.utils.checkpoint), which hides its layer; leave context_fn out: exchanges and routing "
                       "are kept and the rest is computed again")
+    if any(op_name(user) != "getitem" for user in call.users):      # Dynamo takes each result by its position
+        return Reason("checkpoint_form", f"the results of the checkpointed region {call.name} are read all at once")
     inner = (_reason_against(body, inner) for inner in _calls(body.graph))
     return next((reason for reason in inner if reason is not None), None)
 
@@ -91,14 +96,15 @@ def _inline(gm: GraphModule, call: Node, region: int) -> None:
         if node.op == "output":
             results = node.args[0]
             break
+        _mark(node, region, body)
+        kept = "_kept" if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE else ""
+        target = _adopt(gm, body, node.target, call.args[0].target) if node.op == "get_attr" else node.target
         with gm.graph.inserting_before(call):
-            copy = gm.graph.node_copy(node, lambda n: made[n])
-        if node.op == "get_attr":
-            copy.target = _adopt(gm, body, node.target, prefix=call.args[0].target)
-        _mark(copy, region, gm)
-        made[node] = copy
-    for user in list(call.users):       # Dynamo gives each result by its position
-        result = map_arg(results[user.args[1]], lambda n: made[n])
+            made[node] = gm.graph.create_node(node.op, target, map_arg(node.args, made.__getitem__),
+                                              map_arg(node.kwargs, made.__getitem__), f"{node.name}_ac{region}{kept}")
+        made[node].meta = dict(node.meta)
+    for user in list(call.users):
+        result = made[results[user.args[1]]]
         user.replace_all_uses_with(result)
         gm.graph.erase_node(user)
     handle = call.args[0]
@@ -109,7 +115,7 @@ def _inline(gm: GraphModule, call: Node, region: int) -> None:
             gm.delete_submodule(handle.target)
 
 
-def _adopt(gm: GraphModule, body: GraphModule, target: str, *, prefix: str) -> str:
+def _adopt(gm: GraphModule, body: GraphModule, target: str, prefix: str) -> str:
     """Give ``gm`` what ``body`` holds as ``target``, under a name that is free; the name."""
     held = body
     for part in target.split("."):

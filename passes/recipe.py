@@ -16,6 +16,7 @@ from typing import Union
 import torch
 from torch.fx import Graph, Node
 
+from .checkpointing import TAGS
 from .dataflow import op_name
 
 
@@ -40,7 +41,7 @@ class Call:
 
 
 Recipe = Union[Node, Copy, Call, None]
-_KEPT_META = ("example_value", "val", "nn_module_stack", "stack_trace", "source_fn_stack")
+_KEPT_META = ("example_value", "val", "nn_module_stack", "stack_trace", "source_fn_stack", *TAGS)
 
 
 def like(recipe: Recipe) -> Node:
@@ -94,7 +95,8 @@ class Builder:
         with self.graph.inserting_before(node):
             ones = self.graph.call_function(torch.ones_like, (source,))
             mask = self.graph.node_copy(node, lambda n: ones if n is source else n)
-        ones.meta, mask.meta = dict(source.meta), dict(node.meta)
+        tags = {k: v for k, v in node.meta.items() if k in TAGS}
+        ones.meta, mask.meta = {**source.meta, **tags}, dict(node.meta)
         # The dropout itself becomes the product with its mask; the node stays what others know it by.
         node.op, node.target, node.args, node.kwargs = "call_function", operator.mul, (source, mask), {}
         self.added += 2

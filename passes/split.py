@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from .checkpointing import TAGS
 from .dataflow import value_of
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", *TAGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def _split(graph: Graph, node: Node, parts: int) -> None:
 
     def call(target, *args, **kwargs) -> Node:
         new = graph.call_function(target, args, kwargs)
-        new.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        new.meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
         new.meta["farskip"] = f"{node.name}, by heads"
         return new
 
