@@ -11,7 +11,9 @@ import os
 import weakref
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.fx import GraphModule
 
 from .capture import way_to_one_graph
@@ -66,6 +68,13 @@ class Frame:
             return (". Here flex attention breaks it, which warns while it builds the mask: use "
                     "farskip_fx.apply(model), which skips the warning, or add warnings.warn to "
                     "torch._dynamo.config.ignore_logging_functions")
+        if any(kind.rpartition(".")[2].startswith("FSDP") for kind in kinds):
+            return (". Here FSDP2 stands around single layers: call fully_shard on the whole model once (and not on its layers), "
+                    "or use data_parallel=")
+        if DistributedDataParallel._get_active_ddp_module() is not None and \
+                torch._dynamo.config._get_optimize_ddp_mode() == "ddp_optimizer":
+            return (". Here DDPOptimizer splits the model: set torch._dynamo.config.optimize_ddp = \"no_optimization\", or use "
+                    "data_parallel= and no DDP")
         way = way_to_one_graph(self.module) if self.module is not None else None
         if way:
             return f". Here {way}"
