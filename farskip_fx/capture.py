@@ -7,8 +7,10 @@ Contract
     Inside the scope the model computes what it computed before, bit by bit, and Dynamo finds fewer reasons to break its
     graph. Nothing of it stays: not on the model, not on its classes, not in Dynamo's settings.
 
-Two things are changed
+Three things are changed
     sizes       Dynamo follows sizes that depend on data (``nonzero``, ``.item()``) instead of breaking there.
+    effects     A checkpointed layer may hand things out besides its result (transformers' output hooks collect router
+                logits): once, in the forward.
     experts     Many models of transformers compute their experts in a Python loop over those that got a token:
 
                     hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
@@ -52,7 +54,8 @@ def prepare(model: nn.Module) -> Callable[[], AbstractContextManager]:
     def scope() -> Iterator[None]:
         with ExitStack() as changed:
             changed.enter_context(torch._dynamo.config.patch(capture_scalar_outputs=True,
-                                                             capture_dynamic_output_shape_ops=True))
+                                                             capture_dynamic_output_shape_ops=True,
+                                                             skip_fwd_side_effects_in_bwd_under_checkpoint=True))
             for kind, every_expert in loops.items():
                 # On the class: an attribute of the instance would travel with copies and pickles of the model.
                 changed.enter_context(patch.object(kind, "forward", every_expert))

@@ -28,6 +28,8 @@ _ADVICE = {
     "output_capturing.py": "transformers installs its output hooks inside the first forward that asks for router "
     "logits, hidden states or attentions: use farskip_fx.apply(model), which does it before, or call the model once with "
     "that option before compiling it",
+    "modeling_utils.py": "if it is make_inputs_require_grads: transformers makes the embeddings' output require gradients, "
+    "for reentrant checkpointing outside of a graph; call model.disable_input_require_grads()",
 }
 
 
@@ -80,7 +82,8 @@ class Frame:
             return f". Here {way}"
         if any(m.training and getattr(m, "gradient_checkpointing", False) for m in modules):
             return (". Here gradient checkpointing is on: what breaks the graph in a layer breaks it around the whole "
-                    "layer, and transformers warns (which breaks it) where a cache is asked for too: pass use_cache=False")
+                    "layer. Without farskip_fx.apply, a cache (pass use_cache=False) and router logits that are asked for "
+                    "do so too")
         return ""
 
     def break_of(self, gm: GraphModule) -> str:
