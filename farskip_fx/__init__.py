@@ -1,4 +1,5 @@
 """farskip_fx: FarSkip connectivity for Mixture-of-Experts models, as a torch.compile graph transformation."""
+from .agreement import check_agreement
 from .backend import farskip_backend
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import FarskipConfig
@@ -9,6 +10,7 @@ from .errors import (CheckpointError, CollectiveError, ConfigError, FarskipError
                      RefusedError, SplitModelError, WrongConnectivityError)
 # Importing it registers the exchanges, and `ep_implementation="farskip"`, with transformers.
 from .expert_parallel import expert_parallel, expert_parameters, full_state_dict, gather_experts, load_full_state_dict
+from .guard import guarded
 from .passes.costs import Rates
 from .report import Report, last_reports
 from .verify import Verification, verify
@@ -16,8 +18,8 @@ from .verify import Verification, verify
 __all__ = [
     "CheckpointError", "CollectiveError", "ConfigError", "DataParallel", "FarskipConfig", "FarskipError",
     "FarskipWarning", "GradientError", "NoMoEError", "Rates", "RefusedError", "Report", "SplitModelError",
-    "Verification", "WrongConnectivityError", "apply", "clip_grad_norm_", "data_parallel", "expert_parallel",
-    "expert_parameters", "farskip", "farskip_backend", "full_state_dict", "gather_experts", "last_reports",
-    "latest_checkpoint", "load_checkpoint", "load_full_state_dict", "no_sync", "reduce_gradients",
-    "register_connectivity", "remove", "save_checkpoint", "verify",
+    "Verification", "WrongConnectivityError", "apply", "check_agreement", "clip_grad_norm_", "data_parallel",
+    "expert_parallel", "expert_parameters", "farskip", "farskip_backend", "full_state_dict", "gather_experts",
+    "guarded", "last_reports", "latest_checkpoint", "load_checkpoint", "load_full_state_dict", "no_sync",
+    "reduce_gradients", "register_connectivity", "remove", "save_checkpoint", "verify",
 ]

@@ -38,7 +38,8 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
         _put_in_place(partial, path)
 
     tensors, files = _on_all_ranks(begin)
-    with _quiet():
+    with _dcp():
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
     _on_all_ranks(write_rest)
     _on_all_ranks(finish)
@@ -148,7 +149,7 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.
         return manifest, reader, wanted, extra, set_optimizer
 
     manifest, reader, wanted, extra, set_optimizer = _on_all_ranks(prepare)
-    with _quiet():
+    with _dcp():
         dcp.load(wanted, storage_reader=reader)
     if set_optimizer is not None:
         set_optimizer()
@@ -495,10 +496,13 @@ def _on_all_ranks(do: Callable[[], Any]) -> Any:
     return result
 
 
-class _quiet(warnings.catch_warnings):
-    """Without DCP's warning about a single process."""
-
-    def __enter__(self):
-        result = super().__enter__()
+@contextmanager
+def _dcp() -> Iterator[None]:
+    """Around DCP: without its warning about a single process, and its failures (not an Exception there) as ours."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        return result
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            texts = [f"rank {rank} failed: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
+            raise CheckpointError("; ".join(texts)) from error

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
+from .agreement import collectives_of
 from .config import FarskipConfig
 from .errors import ConfigError
 from .passes._torch import aot_eager, compile_fx, mode_options
@@ -16,6 +17,7 @@ def compile(gm: GraphModule, example_inputs: list, *, config: FarskipConfig, mod
     """Hand ``gm`` to the inner compiler that ``config.inner`` names."""
     if mode is not None and config.inner != "inductor":
         raise ConfigError(f"mode={mode!r} is Inductor's; inner={config.inner!r} takes none")
+    report.collectives = collectives_of(gm)
     if config.inner == "eager":
         return gm.forward
     if config.inner == "aot_eager":

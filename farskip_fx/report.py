@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .agreement import Collective
     from .config import FarskipConfig
     from .passes.checkpointing import Inlined
     from .passes.reasons import Reason
@@ -34,6 +35,7 @@ class Report:
     functionalized: int = 0
     split: int = 0                  # attention calls that run in parts
     buckets: int = 0                # of gradients that are averaged
+    collectives: tuple[Collective, ...] = ()        # of the Dynamo graph, see agreement.py
     nodes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     schedules: list[Schedule] = field(default_factory=list)

@@ -6,6 +6,7 @@ in this file and nowhere else. (Appended to by several modules; keep the section
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import torch
 
@@ -92,6 +93,13 @@ def process_group(name: str):
     return _resolve_process_group(name)
 
 
+def default_store():
+    """The store behind the default group (1.8), on a connection of its own where that is possible (2.7)."""
+    from torch.distributed.distributed_c10d import _get_default_store
+    store = _get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
 def timeout_of(*groups):
     """The shortest timeout of these process groups' collectives, for a group that is made beside them: ``new_group`` (and
     a DeviceMesh) takes 30 minutes and not what ``init_process_group`` was given (gloo; 2.1: options of a backend). None,
@@ -99,6 +107,21 @@ def timeout_of(*groups):
     backends = [group._get_backend(device) for group in groups for device in getattr(group, "_device_types", ())]
     timeouts = [getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends]
     return min((t for t in timeouts if t is not None), default=None)
+
+
+def flight_records(last: int) -> list[dict]:
+    """The last collectives that this process launched, as c10d's flight recorder keeps them (gloo 2.9, NCCL before);
+    empty where there is none, or where it is off. With: group, description, number, op, sizes, done (in error, too)."""
+    import torch.distributed as dist
+    try:
+        dump = torch._C._distributed_c10d._dump_fr_trace_json
+    except AttributeError:
+        return []
+    entries = [e for e in json.loads(dump() or "{}").get("entries", []) if not e["is_p2p"]]
+    now = set(dist.distributed_c10d._world.pg_names.values())       # it forgets nothing, and groups come and go
+    return [{"group": e["process_group"][0], "description": e["process_group"][1], "number": e["collective_seq_id"],
+             "op": e["profiling_name"].split(":")[-1], "sizes": e["input_sizes"], "done": e["retired"]}
+            for e in entries if e["process_group"][0] in now][-last:]
 
 
 def group_size(name: str) -> int:

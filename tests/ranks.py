@@ -19,6 +19,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -57,7 +58,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *, timeout: float = 2
         RankFailure: with the traceback of each rank that raised, the exit code of one that died, or the names of those
             that did not finish.
     """
-    outcomes = _run(fn, world_size, timeout, timeout, GRACE_SECONDS, True, kwargs)
+    outcomes = _run(fn, world_size, timeout, timeout, GRACE_SECONDS, True, kwargs, multiprocessing.get_context("spawn"))
     failures = sorted((o.when, o.text(rank, timeout)) for rank, o in enumerate(outcomes) if o.status != "returned")
     if failures:  # the first in time first: the others are often its echo ("connection closed")
         raise RankFailure("\n\n".join(text for _, text in failures))
@@ -98,12 +99,18 @@ def run_each_rank(
 ) -> list[Outcome]:
     """Like `run_ranks`, for functions that fail on purpose: nothing is raised, and no barrier stands at the end.
 
+    Such runs are many and short, so their ranks are forked from a process that has imported the module of the first `fn`.
+
     Args:
         timeout: seconds until every rank must have ended; those that have not are killed.
         collective_timeout: of the process group.
         grace: seconds that the other ranks have after the first one failed.
     """
-    return _run(fn, world_size, timeout, collective_timeout, grace, False, kwargs)
+    # Of the server, which starts with its first child (and up to Python 3.11 does not get our sys.path).
+    with _environment({**CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}):
+        fork = multiprocessing.get_context("forkserver")
+        fork.set_forkserver_preload([fn.__module__])
+        return _run(fn, world_size, timeout, collective_timeout, grace, False, kwargs, fork)
 
 
 def _run(
@@ -114,13 +121,15 @@ def _run(
     grace: float,
     leave_together: bool,
     kwargs: dict,
+    context: Any,
 ) -> list[Outcome]:
-    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="farskip_ranks_") as folder:
         with _environment(CHILD_ENVIRONMENT):  # a spawned child takes the environment over when it starts
             children = [
-                spawn.Process(
-                    target=_child, args=(fn, rank, world_size, folder, collective_timeout, leave_together, kwargs), daemon=True
+                context.Process(
+                    target=_child,
+                    args=(fn, rank, world_size, folder, collective_timeout, leave_together, kwargs),
+                    daemon=True,
                 )
                 for rank in range(world_size)
             ]

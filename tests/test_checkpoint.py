@@ -26,13 +26,13 @@ SAVED_AT, STEPS = 2, 4
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def small(connectivity=None):
+def small(connectivity=None, **sizes):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-                            num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-                            initializer_range=0.2, tie_word_embeddings=True)
-    model = Qwen3MoeForCausalLM(config)
+    defaults = dict(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+                    initializer_range=0.2, tie_word_embeddings=True)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**defaults, **sizes}))
     return model if connectivity is None else fs.apply(model, connectivity=connectivity, inner="eager")
 
 
