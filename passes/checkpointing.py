@@ -9,8 +9,8 @@ nodes, in the words of PyTorch's partitioner:
   meta["ac_graph_id"]   number of the region, counted in graph order: what a later region reads is kept (the
                         stream, once for each state that is read)
 
-Both also stand in the node's name (``linear_3_ac2``, ``topk_ac2_kept``): AOTAutograd's cache finds a graph by its code
-and not by its tags, and would give the same model without checkpointing for it.
+Both also stand in the node's name (``linear_3_ac2``, ``topk_ac2_kept``): AOTAutograd's cache finds a graph by its
+code and not by its tags, and would give the same model without checkpointing for it.
 
 AOTAutograd copies the tags from a node to the operations that it becomes. Nodes that later passes add take them from the node
 that they are a copy of; any choice gives the same gradients, only other memory.
