@@ -74,7 +74,7 @@ class Frame:
             return (". Here FSDP2 stands around single layers: call fully_shard on the whole model once (and not on its layers), "
                     "or use data_parallel=")
         if DistributedDataParallel._get_active_ddp_module() is not None and \
-                torch._dynamo.config._get_optimize_ddp_mode() == "ddp_optimizer":
+                torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer"):
             return (". Here DDPOptimizer splits the model: set torch._dynamo.config.optimize_ddp = \"no_optimization\", or use "
                     "data_parallel= and no DDP")
         way = way_to_one_graph(self.module) if self.module is not None else None
