@@ -1,8 +1,8 @@
 """Whether all ranks compiled the same program: checked at run time, on request, outside of any compile.
 
-Ranks that run different graphs wait for each other until a timeout, or worse, exchange numbers that do not belong together.
-Nothing is compared while a model is compiled: ranks compile at different times, and a collective there would hang. Call
-`check_agreement()` after the first step, on every rank; it costs one small collective.
+Ranks that run different graphs wait for each other until a timeout, or worse, exchange numbers that do not belong
+together. Nothing is compared while a model is compiled: ranks compile at different times, and a collective there would
+hang. Call `check_agreement()` after the first step, on every rank; it costs one small collective.
 
 What must be equal in the latest compile of each graph: its connectivity and options, which layers were rewired, and the
 sequence of its collectives: what they are, over which ranks, element type and sizes. A size that is not known to the
@@ -44,7 +44,7 @@ class Collective(NamedTuple):
 
 
 def collectives_of(gm: GraphModule) -> tuple[Collective, ...]:
-    """In the order of the graph, with those in its subgraphs; means of gradients as the all-reduce of their backward."""
+    """In the order of the graph, with those in its subgraphs; means of gradients as their all-reduce."""
     graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
     return tuple(found for graph in graphs for node in graph.nodes if (found := _collective(node)) is not None)
 
@@ -95,13 +95,14 @@ def check_agreement(what: Report | Sequence[Report] | nn.Module | None = None,
     # Most ranks are right: what the largest number has is the reference.
     kinds: dict[str, list[int]] = {}
     for rank, own in programs.items():
-        kinds.setdefault(repr([(found, [c._replace(ranks=()) for c in calls]) for found, calls in own]), []).append(rank)
+        kind = repr([(found, [call._replace(ranks=()) for call in calls]) for found, calls in own])
+        kinds.setdefault(kind, []).append(rank)
     reference = max(kinds.values(), key=len)[0]
     for rank in ranks:
         difference = _difference(rank, reference, programs)
         if difference is not None:
-            raise CollectiveError(f"the ranks compiled different programs: {difference}. Give all ranks the same model, options "
-                                  "and sizes, and have them compile in the same order")
+            raise CollectiveError(f"the ranks compiled different programs: {difference}. Give all ranks the same "
+                                  "model, options and sizes, and have them compile in the same order")
 
 
 def _programs(what) -> list[tuple[dict[str, object], list[Collective]]]:
@@ -132,7 +133,8 @@ def _difference(rank: int, reference: int, programs: dict[int, list]) -> str | N
         first = next((_at(index, rank, mine, reference, theirs) for index, (mine, theirs) in enumerate(calls)
                       if mine is None or theirs is None or not _alike(mine, theirs)), None)
         if own is None or other is None:
-            return f"rank {rank if own is None else reference} has no graph {number}; {first or 'it has no collectives'}"
+            missing = rank if own is None else reference
+            return f"rank {missing} has no graph {number}; {first or 'it has no collectives'}"
         odd = [f"{key} is {value} on rank {rank}, and {other[0][key]} on rank {reference}"
                for key, value in own[0].items() if value != other[0][key]]
         if odd or first is not None:

@@ -1,12 +1,12 @@
 """Checkpoints in the middle of training: torch.distributed.checkpoint (DCP), readable by another number of ranks.
 
 Contract
-    `save_checkpoint` and `load_checkpoint` are collective over all ranks; the folder is one that all of them see. What was
-    saved at one size of expert and data parallelism is read at any other, without `expert_parallel` too, to the last bit.
-    The parameters, persistent buffers and the optimizer's state are kept under the parameter's name in the unsharded,
-    unwrapped model. Replicas (data parallelism) write each tensor once: they must be equal.
+    `save_checkpoint` and `load_checkpoint` are collective over all ranks; the folder is one that all of them see. What
+    was saved at one size of expert and data parallelism is read at any other, without `expert_parallel` too, to the
+    last bit. The parameters, persistent buffers and the optimizer's state are kept under the parameter's name in the
+    unsharded, unwrapped model. Replicas (data parallelism) write each tensor once: they must be equal.
 
-        save_checkpoint(f"{run}/step-{step:06}", model, optimizer, step=step, extra={"scheduler": scheduler.state_dict()})
+        save_checkpoint(f"{run}/step-{step:06}", model, optimizer, step=step, extra=scheduler.state_dict())
         ...
         last = latest_checkpoint(run)
         if last is not None:
@@ -25,9 +25,9 @@ In the folder
     farskip.json          step, number of ranks, connectivity, the files
 
 Safety
-    DCP's `.metadata` is a pickle. It is read here with an unpickler that knows DCP's own descriptions of tensors and nothing
-    else; tensors and .pt files are read by `torch.load(weights_only=True)`. So a checkpoint from elsewhere runs no code. (DCP's
-    own `load` has no such care.)
+    DCP's `.metadata` is a pickle. It is read here with an unpickler that knows DCP's own descriptions of tensors and
+    nothing else; tensors and .pt files are read by `torch.load(weights_only=True)`. So a checkpoint from elsewhere
+    runs no code. (DCP's own `load` has no such care.)
 """
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ _MANIFEST = "farskip.json"
 
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
                     step: int = 0, extra: Any = None) -> None:
-    """Write a checkpoint to the folder `path`. Collective: every rank calls it; returns when the checkpoint is in place.
+    """Write a checkpoint to the folder `path`. Collective: every rank calls it; it is in place when this returns.
 
     Args:
         path: a new folder, or an old checkpoint, which is replaced once the new one is complete.
         model: sharded by `expert_parallel` or not, converted or not, wrapped by DDP or `torch.compile` or not.
         optimizer: of these parameters.
         step: kept for you; rank 0's.
-        extra: this rank's own: numbers, strings, tensors, and lists and dicts of them (a scheduler's state, the position in
-            the data, `torch.get_rng_state()`).
+        extra: this rank's own: numbers, strings, tensors, and lists and dicts of them (a scheduler's state, the
+            position in the data, `torch.get_rng_state()`).
 
     Raises:
         ConfigError: something that cannot be stored: state of an unknown kind, an optimizer for other parameters.
@@ -201,8 +201,8 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict(keep_vars=True).items():
         name = _plain_name(name)
         if not isinstance(value, Tensor):
-            raise ConfigError(f"{name} in the model's state_dict is a {type(value).__name__}, not a tensor, and is not kept in "
-                              "checkpoints: put it into extra and take it out of the state_dict")
+            raise ConfigError(f"{name} in the model's state_dict is a {type(value).__name__}, not a tensor, and is not "
+                              "kept in checkpoints: put it into extra and take it out of the state_dict")
         if name in tensors:
             raise ConfigError(f"two tensors of the model are called {name} without the prefixes of wrappers")
         if id(value) not in known:      # tied: once
@@ -216,14 +216,15 @@ def _global(name: str, value: Tensor, shard: ExpertShard | None) -> Tensor:
     if isinstance(value, DTensor):
         return value
     if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
-        raise ConfigError(f"{name} is a {type(value).__name__}; checkpoints hold plain tensors and DTensors only (quantised "
-                          "parameters or optimizer states are not supported)")
+        raise ConfigError(f"{name} is a {type(value).__name__}; checkpoints hold plain tensors and DTensors only "
+                          "(quantised parameters or optimizer states are not supported)")
     if shard is None or shard.group.size == 1 or value.numel() == 1 and value.dim() <= 1:
         return value        # also the optimizer's count of steps
     if value.dim() == 0 or value.size(0) != shard.num_local_experts:
         raise ConfigError(f"{name} of shape {tuple(value.shape)} belongs to a rank's {shard.num_local_experts} of "
-                          f"{shard.num_experts} experts, but is not one row for each of them: it cannot be read by another "
-                          "number of ranks. Use an optimizer whose state has the shape of the parameter (AdamW, SGD)")
+                          f"{shard.num_experts} experts, but is not one row for each of them: it cannot be read by "
+                          "another number of ranks. Use an optimizer whose state has the shape of the parameter "
+                          "(AdamW, SGD)")
     mesh = DeviceMesh.from_group(process_group(shard.group.name), value.device.type)
     return DTensor.from_local(value, mesh, [Shard(0)], run_check=False)
 
@@ -245,8 +246,9 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in names:
-                raise ConfigError(f"the optimizer's group {number} has a parameter of shape {tuple(parameter.shape)} that the "
-                                  "model does not have: make the optimizer after farskip_fx.expert_parallel, of this model")
+                raise ConfigError(f"the optimizer's group {number} has a parameter of shape {tuple(parameter.shape)} "
+                                  "that the model does not have: make the optimizer after farskip_fx.expert_parallel, "
+                                  "of this model")
     return names
 
 
@@ -258,16 +260,16 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def _check(wanted: dict[str, Tensor], saved: dict) -> None:
     missing, unknown = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     if missing or unknown:
-        raise CheckpointError("the checkpoint is of another model: "
-                              + "; ".join(f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for what, names in
-                                          (("it lacks", missing), ("the model lacks", unknown)) if names))
+        texts = [f"{who} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                 for who, names in (("it lacks", missing), ("the model lacks", unknown)) if names]
+        raise CheckpointError(f"the checkpoint is of another model: {'; '.join(texts)}")
     for name, tensor in wanted.items():
         entry = saved[name]
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{name} is not a tensor in the checkpoint")
         if entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:
-            raise CheckpointError(f"{name} is {entry.properties.dtype} of shape {tuple(entry.size)} in the checkpoint, and "
-                                  f"{tensor.dtype} of shape {tuple(tensor.shape)} in the model")
+            raise CheckpointError(f"{name} is {entry.properties.dtype} of shape {tuple(entry.size)} in the checkpoint, "
+                                  f"and {tensor.dtype} of shape {tuple(tensor.shape)} in the model")
 
 
 def _optimizer_targets(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict,
@@ -297,8 +299,8 @@ def _optimizer_targets(model: nn.Module, optimizer: torch.optim.Optimizer, saved
                 local[key] = _empty(parameter, shard, entry, on_device=chosen.get("capturable") or chosen.get("fused"))
                 targets[where] = _global(where, local[key], shard)
                 if targets[where].shape != entry.size:
-                    raise CheckpointError(f"{where} has shape {tuple(entry.size)} in the checkpoint, which does not fit "
-                                          f"{name} of shape {tuple(parameter.shape)} here")
+                    raise CheckpointError(f"{where} has shape {tuple(entry.size)} in the checkpoint, which does not "
+                                          f"fit {name} of shape {tuple(parameter.shape)} here")
             if local:
                 state[parameter] = local
 
@@ -315,8 +317,8 @@ def _same_group(number: int, names: list[str], groups: list[dict]) -> dict:
     """The saved group that these parameters were in, all together."""
     found = [group for group in groups if set(names) & set(group["params"])]
     if len(found) != 1 or set(found[0]["params"]) != set(names):
-        raise ConfigError(f"group {number} of the optimizer (with {names[0] if names else 'no parameter'}) is none of the "
-                          "checkpoint's groups: make the optimizer with the same groups of parameters")
+        raise ConfigError(f"group {number} of the optimizer (with {names[0] if names else 'no parameter'}) is none of "
+                          "the checkpoint's groups: make the optimizer with the same groups of parameters")
     return found[0]
 
 
@@ -350,8 +352,8 @@ class _Unpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" else None
         if name in _KNOWN.get(module, ()) or isinstance(dtype, torch.dtype):
             return super().find_class(module, name)
-        raise CheckpointError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint needs: it is damaged, or "
-                              "made to run code when it is read")
+        raise CheckpointError(f"the checkpoint's .metadata names {module}.{name}, which no checkpoint needs: it is "
+                              "damaged, or made to run code when it is read")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -376,7 +378,8 @@ def _connectivity(model: nn.Module) -> dict | None:
         forward = inspect.getattr_static(module, "forward", None)
         if isinstance(forward, Converted):
             return forward.config.saved()
-    return next((found for m in model.modules() if (found := getattr(getattr(m, "config", None), "farskip", None))), None)
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next((found for config in configs if (found := getattr(config, "farskip", None))), None)
 
 
 def _check_connectivity(model: nn.Module, saved: dict | None) -> None:
@@ -391,8 +394,8 @@ def _take_connectivity(model: nn.Module, saved: dict | None) -> None:
         return
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         config.farskip = saved
-    warnings.warn(f"this checkpoint was trained with connectivity {saved['connectivity']!r}, and the model is not converted: "
-                  "call farskip_fx.apply(model) before you run it", FarskipWarning, stacklevel=3)
+    warnings.warn(f"this checkpoint was trained with connectivity {saved['connectivity']!r}, and the model is not "
+                  "converted: call farskip_fx.apply(model) before you run it", FarskipWarning, stacklevel=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,17 +430,18 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 def _manifest(path: Path) -> dict:
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder that this rank can see: checkpoints need a file system that all ranks "
-                              "share")
+        raise CheckpointError(f"{path} is not a folder that this rank can see: checkpoints need a file system that all "
+                              "ranks share")
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} has no {_MANIFEST}, which is written last: the save was not finished, or this is not a "
-                              "checkpoint of farskip_fx.save_checkpoint. Use another one (farskip_fx.latest_checkpoint)") from None
+        raise CheckpointError(f"{path} has no {_MANIFEST}, which is written last: the save was not finished, or this "
+                              "is not a checkpoint of farskip_fx.save_checkpoint. Use another one "
+                              "(farskip_fx.latest_checkpoint)") from None
     except ValueError as error:
         raise CheckpointError(f"{path / _MANIFEST} is damaged: {error}") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this release of farskip_fx reads {FORMAT}")
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this farskip_fx reads {FORMAT}")
     for name, size in manifest["files"].items():
         file = path / name
         if not file.exists() or file.stat().st_size != size:
@@ -453,8 +457,9 @@ def _safe_bytes(value: Any, what: str) -> bytes:
     try:
         torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ConfigError(f"{what} holds something that torch.load(weights_only=True) does not read, so it could be saved and "
-                          f"not loaded: keep numbers, strings, tensors, lists and dicts. {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{what} holds something that torch.load(weights_only=True) does not read, so it could be "
+                          "saved and not loaded: keep numbers, strings, tensors, lists and dicts. "
+                          + str(error).splitlines()[0]) from error
     return buffer.getvalue()
 
 
@@ -478,7 +483,7 @@ def _world_size() -> int:
 
 
 def _on_all_ranks(do: Callable[[], Any]) -> Any:
-    """`do()` on each rank; returns when all have done it. If it fails on one it fails on all, with that rank's reason."""
+    """`do()` on each rank; returns when all have done it. If it fails on one it fails on all, with its reason."""
     result, error = None, None
     try:
         result = do()

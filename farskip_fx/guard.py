@@ -1,9 +1,9 @@
-"""A rank that dies, stalls or fails ends the others with an error that names it, within the timeout of the process group.
+"""A rank that dies, stalls or fails ends the others with an error that names it, within their group's timeout.
 
 Contract
-    A collective that gets no answer raises after the timeout given to `init_process_group` (gloo at once, if a connection
-    breaks), but does not say who is missing. `guarded` turns that into a `CollectiveError` with the rank, its collective
-    and its reason. Any other exception goes on as it is, and is told to the other ranks.
+    A collective that gets no answer raises after the timeout given to `init_process_group` (gloo at once, if a
+    connection breaks), but does not say who is missing. `guarded` turns that into a `CollectiveError` with the rank,
+    its collective and its reason. Any other exception goes on as it is, and is told to the other ranks.
 
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         with farskip_fx.guarded() as guard:
@@ -12,15 +12,15 @@ Contract
 
 Terms
     alarm     a key in the store of the default group, set by the first rank that meets a broken collective
-    answer    what a rank writes then: what it does, by a thread that looks for the alarm once a second. The thread runs while
-              the main thread is inside of `guarded`, also if that sleeps or waits; a rank without an answer is dead, has left
-              `guarded`, or holds Python's lock.
+    answer    what a rank writes then: what it does, by a thread that looks for the alarm once a second. The thread
+              runs while the main thread is inside of `guarded`, also if that sleeps or waits; a rank without an answer
+              is dead, has left `guarded`, or holds Python's lock.
 
-Nothing else is communicated: no collective, and on the way of success no write. After a CollectiveError the process groups
-are in an unknown state: end the process (torchrun starts the job again, from `farskip_fx.latest_checkpoint`).
+Nothing else is communicated: no collective, and on the way of success no write. After a CollectiveError the process
+groups are in an unknown state: end the process (torchrun starts the job again, from `farskip_fx.latest_checkpoint`).
 
-With NCCL a stalled collective ends the process itself by default (TORCH_NCCL_ASYNC_ERROR_HANDLING), after the same timeout;
-TORCH_NCCL_BLOCKING_WAIT=1 makes it an exception, which is what this module needs.
+With NCCL a stalled collective ends the process itself by default (TORCH_NCCL_ASYNC_ERROR_HANDLING), after the same
+timeout; TORCH_NCCL_BLOCKING_WAIT=1 makes it an exception, which is what this module needs.
 """
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ __all__ = ["guarded"]
 _ALARM = "farskip_guard/alarm"
 _LOOKS = 1.0            # seconds between two looks for the alarm
 _RECORDS = 64           # collectives in an answer
-_SIGNS = re.compile(r"gloo|nccl|c10d|ProcessGroup|Connection (closed|reset|refused)|Socket|Timed out waiting", re.IGNORECASE)
+_SIGNS = re.compile(r"gloo|nccl|c10d|ProcessGroup|Connection (closed|reset|refused)|Socket|Timed out waiting",
+                    re.IGNORECASE)
 
 
 class Guard:
@@ -130,13 +131,15 @@ class _Watch(threading.Thread):
                     waiting.remove(rank)
                 time.sleep(_LOOKS / 10)
         except RuntimeError:
-            return f"{first}; the store of the process group is gone, too, so rank 0 or the launcher, which holds it, has ended"
+            return (f"{first}; the store of the process group is gone, too, so rank 0 or the launcher, which holds it, "
+                    "has ended")
         return "\n  ".join([f"{first}:", *_verdict(own, answers, waiting)])
 
 
 def _verdict(own: list[dict], answers: dict[int, dict], silent: list[int]) -> list[str]:
     """A line for each other rank, causes first."""
-    failed = [f"rank {rank} failed{_in_step(a['step'])}: {a['text']}" for rank, a in answers.items() if a["state"] == "failed"]
+    failed = [f"rank {rank} failed{_in_step(answer['step'])}: {answer['text']}"
+              for rank, answer in answers.items() if answer["state"] == "failed"]
     if failed:
         return failed
     causes = [f"rank {rank} does not answer: it is dead, or not in farskip_fx.guarded any more" for rank in silent]
@@ -149,8 +152,8 @@ def _verdict(own: list[dict], answers: dict[int, dict], silent: list[int]) -> li
         missing = next((r for r in own if r["group"] in shared and _number(r) not in theirs
                         and r["number"] > max(n for group, n in theirs if group == r["group"])), None)
         if odd is not None:
-            causes.append(f"rank {rank} disagrees: {_where(odd)} is {_text(theirs[_number(odd)])} there and {_text(odd)} "
-                          f"here. The ranks run different graphs (farskip_fx.check_agreement compares them).{at}")
+            causes.append(f"rank {rank} disagrees: {_where(odd)} is {_text(theirs[_number(odd)])} there and "
+                          f"{_text(odd)} here. The ranks run different graphs (see farskip_fx.check_agreement).{at}")
         elif missing is not None:
             causes.append(f"rank {rank} has not come to {_text(missing)}, {_where(missing)}."
                           f"{at or ' It got no result from an earlier one.'}")
@@ -165,7 +168,7 @@ def _number(record: dict) -> tuple[str, int]:
 
 def _same(a: dict, b: dict) -> bool:
     """Rows of an all_to_all may differ."""
-    return a["op"] == b["op"] and ("all_to_all" in a["op"].replace("alltoall", "all_to_all") or a["sizes"] == b["sizes"])
+    return a["op"] == b["op"] and (re.search("all_?to_?all", a["op"]) is not None or a["sizes"] == b["sizes"])
 
 
 def _text(record: dict) -> str:
@@ -200,8 +203,10 @@ def _place(frame) -> str:
     stack = traceback.extract_stack(frame) if frame is not None else []
     installed = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
     own = [line for line in stack if not line.filename.startswith(installed)]
-    line = (own or stack or [None])[-1]
-    return f"{Path(line.filename).name}:{line.lineno} in {line.name}: {line.line}" if line is not None else "an unknown line"
+    if not stack:
+        return "an unknown line"
+    line = (own or stack)[-1]
+    return f"{Path(line.filename).name}:{line.lineno} in {line.name}: {line.line}"
 
 
 _WAIT = re.compile(r"wait_tensor(?:\.default)?\((\w+)")

@@ -99,7 +99,7 @@ def run_each_rank(
 ) -> list[Outcome]:
     """Like `run_ranks`, for functions that fail on purpose: nothing is raised, and no barrier stands at the end.
 
-    Such runs are many and short, so their ranks are forked from a process that has imported the module of the first `fn`.
+    Such runs are many and short, so their ranks are forked from a process that has imported the first `fn`'s module.
 
     Args:
         timeout: seconds until every rank must have ended; those that have not are killed.

@@ -1,5 +1,5 @@
-"""Checkpoints in the middle of training: resumed at other numbers of ranks with an equal loss curve; a rank that dies while
-it saves; what is refused; safetensors for serving.
+"""Checkpoints in the middle of training: resumed at other numbers of ranks with an equal loss curve; a rank that dies
+while it saves; what is refused; safetensors for serving.
 
 The batch of a step is the same for every number of ranks, each of which takes its part of it.
 """
@@ -51,7 +51,8 @@ def train(model, optimizer, steps, dp, ep):
     """The loss of each step, over the whole batch."""
     rank, size = (dist.get_rank(), dp * ep) if dist.is_initialized() else (0, 1)
     experts = {id(p) for p in fs.expert_parameters(model).values()}
-    same_experts = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep"))["dp"].get_group() if size > 1 else None
+    mesh = init_device_mesh("cpu", (dp, ep), mesh_dim_names=("dp", "ep")) if size > 1 else None
+    same_experts = mesh["dp"].get_group() if size > 1 else None
     losses = []
     for step in steps:
         tokens = torch.randint(64, (BATCH, TOKENS), generator=torch.Generator().manual_seed(step)).chunk(size)[rank]
@@ -143,10 +144,10 @@ def test_resumed_on_other_ranks(tmp_path):
     """Saved on dp x ep = 1 x 2; one rank then dies in the next save of the same name. Resumed on 1x2, 2x1, 2x2, 1x4 and
     without torch.distributed."""
     outcomes = run_each_rank(saves, collective_timeout=60, folder=str(tmp_path))
-    assert outcomes[0].status == "raised" and outcomes[1].status == "died" and outcomes[1].value == 9, "\n".join(o.text(r, 60) for r, o in enumerate(outcomes))
+    assert [o.status for o in outcomes] == ["raised", "died"] and outcomes[1].value == 9, outcomes
     assert (tmp_path / "run/.last.partial").is_dir()
     assert fs.latest_checkpoint(tmp_path / "run") == tmp_path / "run/last"
-    with pytest.raises(fs.CheckpointError, match=r"has no farskip.json, which is written last: the save was not finished"):
+    with pytest.raises(fs.CheckpointError, match="has no farskip.json, which is written last: the save was not"):
         fs.load_checkpoint(tmp_path / "run/.last.partial", small())
 
     by_rank = [torch.load(tmp_path / f"results{rank}.pt") for rank in range(2)]
@@ -210,7 +211,7 @@ def test_connectivity(saved, tmp_path):
 
     before = small("ladder")
     weight = before.lm_head.weight.clone()
-    with pytest.raises(fs.ConfigError, match="connectivity='ladder' disagrees with the checkpoint, which says 'farskip'"):
+    with pytest.raises(fs.ConfigError, match="connectivity='ladder' disagrees with the checkpoint, which says 'fars"):
         fs.load_checkpoint(saved, before)
     assert torch.equal(before.lm_head.weight, weight)
 
@@ -264,7 +265,7 @@ def test_no_code_runs(saved, tmp_path, monkeypatch):
         with pytest.raises(error, match="mkdir"):
             fs.load_checkpoint(saved, small("farskip"))
     assert not (tmp_path / "made_by_a_pickle").exists()
-    with pytest.raises(fs.ConfigError, match=r"extra holds something that torch.load\(weights_only=True\) does not read"):
+    with pytest.raises(fs.ConfigError, match=r"extra holds something that torch.load\(weights_only=True\) does"):
         fs.save_checkpoint(tmp_path / "b", small(), extra=Runs())
     assert not (tmp_path / "b").exists()
 
@@ -272,13 +273,13 @@ def test_no_code_runs(saved, tmp_path, monkeypatch):
 def test_other_model_or_optimizer(saved):
     wider = small("farskip")
     wider.model.norm.weight = torch.nn.Parameter(torch.ones(33))
-    with pytest.raises(fs.CheckpointError, match=r"model.model.norm.weight is torch.float32 of shape \(32,\) in the checkpoint"):
+    with pytest.raises(fs.CheckpointError, match=r"model.norm.weight is torch.float32 of shape \(32,\) in the"):
         fs.load_checkpoint(saved, wider)
     with pytest.raises(fs.CheckpointError, match="is torch.float32 of shape .*, and torch.bfloat16"):
         fs.load_checkpoint(saved, small("farskip").bfloat16())
     more = small("farskip")
     more.extra_layer = torch.nn.Linear(2, 2)
-    with pytest.raises(fs.CheckpointError, match="of another model: it lacks model.extra_layer.bias, model.extra_layer.weight"):
+    with pytest.raises(fs.CheckpointError, match="it lacks model.extra_layer.bias, model.extra_layer.weight"):
         fs.load_checkpoint(saved, more)
     model = small("farskip")
     with pytest.raises(fs.ConfigError, match="group 0 of the optimizer .* is none of the checkpoint's groups"):

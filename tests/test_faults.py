@@ -45,13 +45,13 @@ def misbehaves(how, model):
 @pytest.mark.parametrize("how, converted, other, message", [
     ("dies", True, "died", r"(?s)rank 0 got no result from all_to_all_single in step 2 \(.*collective \d+ of group "
      r"'farskip_expert_parallel'\):.  rank 1 does not answer: it is dead, or"),
-    ("stalls", False, "unfinished", r"(?s)rank 0 got no result from all_to_all_single in step 2 \(Timed out.*  rank 1 has not "
-     r"come to all_to_all of \[4\], collective \d+ of group 'farskip_expert_parallel'. It is at test_faults.py:\d+ in misbehaves: "
-     r"time.sleep\(60\) in step 2"),
+    ("stalls", False, "unfinished", r"(?s)rank 0 got no result from all_to_all_single in step 2 \(Timed out.*  rank 1 "
+     r"has not come to all_to_all of \[4\], collective \d+ of group 'farskip_expert_parallel'. It is at "
+     r"test_faults.py:\d+ in misbehaves: time.sleep\(60\) in step 2"),
     ("runs out of memory", False, "raised", r"(?s)rank 0 got no result from .* in step 2 .*  rank 1 failed in step 2: "
      "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
-    ("leaves out an exchange", False, "raised", r"(?s)rank 0 got no result from .* in step 2 .*  rank 1 disagrees: collective "
-     r"\d+ of group 'farskip_expert_parallel' is all_reduce of \[64\] there and all_to_all of \[4\] here"),
+    ("leaves out an exchange", False, "raised", r"(?s)rank 0 got no result from .* in step 2 .*  rank 1 disagrees: "
+     r"collective \d+ of group 'farskip_expert_parallel' is all_reduce of \[64\] there and all_to_all of \[4\] here"),
 ])
 def test_the_others_end_with_the_name(how, converted, other, message):
     first, second = run_each_rank(trains, how=how, converted=converted, grace=1.0 if how == "stalls" else 15.0)
@@ -95,17 +95,17 @@ def test_agreement():
     assert outcomes[1].value == said        # every rank raises the same
     assert said["equal"] == said["more tokens"] == ""
     for how, expected in {
-        "connectivity": "graph 0: connectivity is ladder on rank 1, and farskip on rank 0; their collectives are the same",
-        "a layer fewer": "layers rewired is [0] on rank 1, and [0, 1] on rank 0; collective 3 is missing on rank 1, and "
-                         "all_to_all_single of int64 [4] over ranks [0] on rank 0",
-        "wider": "collective 1 is all_to_all_single of float32 [?, 48] over ranks [1] on rank 1, and all_to_all_single of float32 "
-                 "[?, 32]",
+        "connectivity": "graph 0: connectivity is ladder on rank 1, and farskip on rank 0; their collectives are the",
+        "a layer fewer": "layers rewired is [0] on rank 1, and [0, 1] on rank 0; collective 3 is missing on rank 1, "
+                         "and all_to_all_single of int64 [4] over ranks [0] on rank 0",
+        "wider": "collective 1 is all_to_all_single of float32 [?, 48] over ranks [1] on rank 1, and all_to_all_single "
+                 "of float32 [?, 32]",
     }.items():
         assert expected in said[how], said[how]
 
 
 def test_agreement_on_a_grid():
-    """dp 2 x ep 2: ranks 0 and 1 exchange, and 2 and 3; the others that a rank shares a collective with must have it, too."""
+    """dp 2 x ep 2: ranks 0 and 1 exchange, and 2 and 3; whoever shares a collective must have it, too."""
     def program(ep, rows, dense=(0, 1, 2, 3)):
         return [({"name": "forward"}, [Collective("all_to_all_single", ep, "float32", (None, 32)),
                                        Collective("all_reduce of gradients", dense, "float32", (rows,))])]
@@ -114,10 +114,10 @@ def test_agreement_on_a_grid():
     assert [_difference(rank, 0, good) for rank in good] == [None] * 4
     sizes = {**good, 3: program((2, 3), 11)}
     assert _difference(3, 0, sizes) == (
-        "graph 0: collective 1 is all_reduce of gradients of float32 [11] over ranks [0, 1, 2, 3] on rank 3, and all_reduce of "
-        "gradients of float32 [10] over ranks [0, 1, 2, 3] on rank 0")
+        "graph 0: collective 1 is all_reduce of gradients of float32 [11] over ranks [0, 1, 2, 3] on rank 3, and "
+        "all_reduce of gradients of float32 [10] over ranks [0, 1, 2, 3] on rank 0")
     groups = {**good, 3: program((1, 3), 10)}
     assert _difference(2, 0, groups) == (
-        "collective 0 is all_to_all_single of float32 [?, 32] over ranks [2, 3] on rank 2, and all_to_all_single of float32 "
-        "[?, 32] over ranks [1, 3] on rank 3")
-    assert _difference(1, 0, {**good, 1: []}).startswith("rank 1 has no graph 0; collective 0 is missing on rank 1, and all_to_")
+        "collective 0 is all_to_all_single of float32 [?, 32] over ranks [2, 3] on rank 2, and all_to_all_single of "
+        "float32 [?, 32] over ranks [1, 3] on rank 3")
+    assert _difference(1, 0, {**good, 1: []}).startswith("rank 1 has no graph 0; collective 0 is missing on rank 1")
