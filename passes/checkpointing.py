@@ -12,8 +12,8 @@ nodes, in the words of PyTorch's partitioner:
 Both also stand in the node's name (``linear_3_ac2``, ``topk_ac2_kept``): AOTAutograd's cache finds a graph by its
 code and not by its tags, and would give the same model without checkpointing for it.
 
-AOTAutograd copies the tags from a node to the operations that it becomes. Nodes that later passes add take them from the node
-that they are a copy of; any choice gives the same gradients, only other memory.
+AOTAutograd copies the tags from a node to the operations that it becomes. Nodes that later passes add take them from
+the node that they are a copy of; any choice gives the same gradients, only other memory.
 
 Kept in a region
   exchanges   launches and waits: a second exchange would cost the time that the connectivity saves
