@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import torch
 from torch.fx import GraphModule
 
 from . import frame, inner, marker
@@ -57,7 +58,7 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     record(report)
     if config.names or config.overlap and config.inner != "eager":      # without overlap exchanges may run twice
         with _timed(report, "checkpointing"):
-            report.checkpoints = inline_checkpoints(gm)
+            report.checkpoints = inline_checkpoints(gm, gradients=torch.is_grad_enabled())
     if config.names:
         _rewire(gm, config, report, where)
     if config.data_parallel is not None and not where.is_paused(config.data_parallel):

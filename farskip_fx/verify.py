@@ -15,6 +15,7 @@ from .config import FarskipConfig
 from .convert import Converted, decoder_of
 from .errors import ConfigError, RefusedError
 from .interpret import Direct
+from .passes.checkpointing import inline_checkpoints
 from .passes.detect import Blocks, detect, is_busy
 from .passes.normalize import normalize
 from .passes.residual import NoStream, find_streams
@@ -145,6 +146,7 @@ class _Trace:
         return run
 
     def _detected(self, gm: GraphModule) -> Blocks:
+        inline_checkpoints(gm, gradients=False)
         normalize(gm.graph)
         streams = find_streams(gm.graph, busy=is_busy)
         blocks = streams if isinstance(streams, NoStream) else detect(streams)

@@ -48,15 +48,20 @@ class Inlined:
     refused: Reason | None = None   # why they stay as they are
 
 
-def inline_checkpoints(gm: GraphModule) -> Inlined:
-    """Inline every checkpointed region of ``gm`` and mark what is to be kept; does not recompile ``gm``."""
+def inline_checkpoints(gm: GraphModule, *, gradients: bool = True) -> Inlined:
+    """Inline every checkpointed region of ``gm`` and mark what is to be kept; does not recompile ``gm``.
+
+    Without ``gradients``, or where no input needs one, nothing is marked: there is no backward, and AOTAutograd would
+    look for one.
+    """
     calls = list(_calls(gm.graph))
+    marks = gradients and any(t.requires_grad for n in gm.graph.find_nodes(op="placeholder") for t in tensors_of(n))
     for call in calls:
         reason = _reason_against(gm, call)
         if reason is not None:
             return Inlined(regions=0, refused=reason)
     for number, call in enumerate(calls, start=1):
-        _inline(gm, call, number)
+        _inline(gm, call, number if marks else None)
     if calls:
         gm.graph.lint()
     return Inlined(regions=len(calls))
@@ -82,8 +87,8 @@ def _reason_against(gm: GraphModule, call: Node) -> Reason | None:
     return next((reason for reason in inner if reason is not None), None)
 
 
-def _inline(gm: GraphModule, call: Node, region: int) -> None:
-    """Put the body of ``call`` in its place."""
+def _inline(gm: GraphModule, call: Node, region: int | None) -> None:
+    """Put the body of ``call`` in its place, marked with the number of its ``region``."""
     body = _body(gm, call)
     for inner in list(_calls(body.graph)):
         _inline(body, inner, region)
@@ -96,12 +101,14 @@ def _inline(gm: GraphModule, call: Node, region: int) -> None:
         if node.op == "output":
             results = node.args[0]
             break
-        _mark(node, region, body)
-        kept = "_kept" if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE else ""
+        name = node.name
+        if region is not None:
+            _mark(node, region, body)
+            name += f"_ac{region}" + "_kept" * (node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE)
         target = _adopt(gm, body, node.target, call.args[0].target) if node.op == "get_attr" else node.target
         with gm.graph.inserting_before(call):
             made[node] = gm.graph.create_node(node.op, target, map_arg(node.args, made.__getitem__),
-                                              map_arg(node.kwargs, made.__getitem__), f"{node.name}_ac{region}{kept}")
+                                              map_arg(node.kwargs, made.__getitem__), name)
         made[node].meta = dict(node.meta)
     for user in list(call.users):
         result = made[results[user.args[1]]]

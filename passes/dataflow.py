@@ -82,7 +82,7 @@ def written_arguments(node: Node) -> list[Node]:
     written = [out] if isinstance(out, Node) else []
     if node.op == "call_method":
         name = str(node.target)
-        if name.endswith("_") and not name.endswith("__") and first is not None:
+        if name.endswith("_") and not name.endswith("__") and name != "requires_grad_" and first is not None:
             written.append(first)
     elif node.op == "call_function":
         target = node.target

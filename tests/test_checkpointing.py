@@ -143,6 +143,18 @@ def test_router_logits_of_checkpointed_layers(model):
     same(*found)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_without_gradients(model, training):
+    """While it is evaluated, transformers' hook on the embedding still asks for gradients of its output."""
+    torch._dynamo.reset()
+    twin = fs.apply(copy.deepcopy(model).train(training), inner="aot_eager")
+    twin.activation_checkpointing_enable()
+    with torch.no_grad():
+        torch.testing.assert_close(twin(**INPUTS).logits, oracle(FAMILY, model, INPUTS, "farskip"), rtol=0, atol=1e-5)
+    if training:
+        assert fs.verify(twin, **INPUTS).ok
+
+
 # --- the pass -----------------------------------------------------------------------------------------------------
 
 class Square(torch.autograd.Function):
