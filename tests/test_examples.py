@@ -30,3 +30,10 @@ def test_two_ranks(tmp_path):
     out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
               str(EXAMPLES / "two_ranks.py"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert "2 of 2 layers rewired" in out and "backward:" in out and "loss" in out
+
+
+def test_train_ep():
+    out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+              str(EXAMPLES / "train_ep.py"), "--steps", "20", "--accumulate", "2", "--inner", "eager", "--ep", "2")
+    losses = [float(line.split()[3]) for line in out.splitlines() if line.startswith("step")]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 1

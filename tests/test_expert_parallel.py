@@ -41,9 +41,9 @@ TOLERANCE = 1e-5
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def twins(family: str) -> tuple[nn.Module, nn.Module]:
+def twins(family: str, **changes) -> tuple[nn.Module, nn.Module]:
     """Two equal models, equal on all ranks too (a few families leave parameters uninitialised)."""
-    model = tiny(family, jitter=0.1)
+    model = tiny(family, jitter=0.1, **changes)
     if family in AMPLIFY_ROUNDING:
         model.double().set_experts_implementation("batched_mm")  # grouped_mm has no fp64
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -313,7 +313,7 @@ def inductor(rank: int) -> tuple[dict[str, float], list[dict[str, int]]]:
     import torch._inductor.config
 
     graphs = []
-    model, reference = twins("qwen3_moe")
+    model, reference = twins("qwen3_moe", num_hidden_layers=2)
     expert_parallel(model)
     with torch._inductor.config.patch(
         post_grad_custom_post_pass=lambda graph: graphs.append(communication(graph.owning_module)), force_disable_caches=True
