@@ -114,6 +114,18 @@ class _SumOverGroup(torch.autograd.Function):
         return gradient, None
 
 
+@torch.compiler.allow_in_graph
+def copy_to_group(replicated: Tensor, group_name: str) -> Tensor:
+    """`_CopyToGroup` as one node of a Dynamo graph, by a name that the passes know: traced into, it would hide in a subgraph."""
+    return _CopyToGroup.apply(replicated, group_name)
+
+
+@torch.compiler.allow_in_graph
+def sum_over_group(partial: Tensor, group_name: str) -> Tensor:
+    """`_SumOverGroup`, likewise."""
+    return _SumOverGroup.apply(partial, group_name)
+
+
 class _TakeOwnRows(torch.autograd.Function):
     """[size * n, ...], replicated -> [n, ...], this rank's rows. Backward: every rank's rows put together again."""
 
@@ -232,12 +244,12 @@ def all_reduce_experts(
 
     `run_experts` must skip the id `num_local_experts` (the interface's own convention for a route that belongs elsewhere).
     """
-    tokens = _CopyToGroup.apply(tokens, group.name)
-    weights = _CopyToGroup.apply(weights, group.name)
+    tokens = copy_to_group(tokens, group.name)
+    weights = copy_to_group(weights, group.name)
     elsewhere = expert_ids // num_local_experts != group.rank
     local_ids = (expert_ids % num_local_experts).masked_fill(elsewhere, num_local_experts)
     partial = run_experts(tokens, local_ids, weights.masked_fill(elsewhere, 0.0))
-    return _SumOverGroup.apply(partial, group.name)
+    return sum_over_group(partial, group.name)
 
 
 EXCHANGES: dict[str, Callable[..., Tensor]] = {"all_to_all": all_to_all_experts, "all_reduce": all_reduce_experts}

@@ -172,7 +172,7 @@ def is_exchange(node: Node) -> bool:
     """Whether ``node`` launches a collective or waits for one."""
     target = node.target
     name = target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "_qualified_op_name", "")
-    return node.op == "call_function" and ("c10d" in name or "symm_mem" in name)
+    return node.op == "call_function" and ("c10d" in name or "symm_mem" in name or op_name(node) == "sum_over_group")
 
 
 def _decides(node: Node) -> bool:

@@ -6,14 +6,14 @@ PICKS = {"topk", "argmax", "max", "sort", "argsort", "kthvalue", "multinomial"}
 GATES = {"softmax", "sigmoid", "relu", "gumbel_softmax", "softplus"}
 SELECTORS = PICKS | GATES
 EXCHANGES = {"all_to_all_single", "all_to_all", "all_gather_into_tensor", "all_gather_tensor",
-              "reduce_scatter_tensor", "all_reduce", "all_to_all_single_autograd"}
+              "reduce_scatter_tensor", "all_reduce", "all_to_all_single_autograd", "sum_over_group"}
 ATTENTION = {"scaled_dot_product_attention", "flex_attention", "conv1d", "causal_conv1d", "scan", "associative_scan"}
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "mm"}
 SCALES = {"mul", "imul", "div", "truediv", "itruediv"}
 LINEAR_MAPS = {"linear", "matmul", "mm", "addmm", "bmm", "einsum", "__matmul__", "baddbmm", "addbmm"}
 VIEWS = {"view", "reshape", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view", "clone",
           "alias", "expand", "expand_as", "transpose", "permute", "chunk", "split", "getitem", "detach", "unbind",
-          "narrow", "select", "movedim", "swapaxes", "view_as", "reshape_as", "tensor_split"}
+          "narrow", "select", "movedim", "swapaxes", "view_as", "reshape_as", "tensor_split", "copy_to_group"}
 CASTS = {"to", "type", "float", "type_as", "half", "bfloat16", "double", "_to_copy"}
 TO_WHOLE_NUMBERS = {"long", "int", "bool"}
 ELEMENTWISE = {"add", "sub", "mul", "div", "truediv", "neg", "exp", "log", "sqrt", "rsqrt", "pow", "softmax",
