@@ -309,28 +309,6 @@ def test_dynamic_shapes():
     assert run_ranks(changing_lengths) == [([], {9})] * 2
 
 
-def inductor(rank: int) -> tuple[dict[str, float], list[dict[str, int]]]:
-    import torch._inductor.config
-
-    graphs = []
-    model, reference = twins("qwen3_moe", num_hidden_layers=2)
-    expert_parallel(model)
-    with torch._inductor.config.patch(
-        post_grad_custom_post_pass=lambda graph: graphs.append(communication(graph.owning_module)), force_disable_caches=True
-    ):
-        compiled = torch.compile(model)
-        wrong = compare(model, reference, *rank_inputs("qwen3_moe", rank, "all_to_all"), forward=compiled)
-    return wrong, graphs
-
-
-def test_inductor_forward_and_backward():
-    for wrong, graphs in run_ranks(inductor, timeout=400):
-        assert wrong == {}
-        assert len(graphs) == 2  # one forward, one backward, with the functional ops still in them after post-grad
-        for graph in graphs:
-            assert set(graph) == {"_c10d_functional.all_to_all_single.default", "_c10d_functional.wait_tensor.default"}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sharded in place, and the way back
 # ---------------------------------------------------------------------------------------------------------------------

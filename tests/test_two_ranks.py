@@ -83,7 +83,7 @@ SHORT = {"num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize("family, connectivity, overlap, exchange, train, changes", [
-    ("qwen3_moe", "farskip", True, "all_to_all", True, {}),
+    ("qwen3_moe", "farskip", True, "all_to_all", True, SHORT),
     ("deepseek_v3", "farskip", True, "all_to_all", True, {}),
     ("qwen3_moe", "none", True, "all_to_all", False, SHORT),
     ("qwen3_moe", "ladder", False, "all_to_all", False, SHORT),
