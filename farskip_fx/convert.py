@@ -99,13 +99,13 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     given = _options(config, options)
     if isinstance(given.get("data_parallel"), (DeviceMesh, ProcessGroup)):
         given["data_parallel"] = data_parallel(model, given["data_parallel"])
+    earlier = converted_of(model)
+    if earlier is not None:
+        if earlier.forward._compiled is not None:
+            raise ConfigError("this model is converted already; call farskip_fx.remove(model) first")
+        del earlier.forward
     # Gradients are averaged inside the graph, so the graph holds the head, too.
     owner = model if given.get("data_parallel") is not None else decoder_of(model)
-    current = owner.__dict__.get("forward")
-    if isinstance(current, Converted):
-        if current._compiled is not None:
-            raise ConfigError("this model is converted already; call farskip_fx.remove(model) first")
-        del owner.forward
     settings = [c for c in (getattr(model, "config", None), getattr(owner, "config", None)) if c is not None]
     saved = next((c.farskip for c in settings if getattr(c, "farskip", None) is not None), None)
     agree(given, saved, "the checkpoint (config.farskip)")
@@ -122,10 +122,10 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
 
 def remove(model: nn.Module) -> nn.Module:
     """Undo ``apply``: the model runs its original connectivity again, and its checkpoint says so."""
-    owner = model if isinstance(model.__dict__.get("forward"), Converted) else decoder_of(model)
-    current = owner.__dict__.get("forward")
-    if not isinstance(current, Converted):
+    owner = converted_of(model)
+    if owner is None:
         raise ConfigError("this model is not converted: farskip_fx.apply was not called on it")
+    current = owner.forward
     # An instance attribute hides the method of the class; an earlier instance attribute is put back.
     del owner.forward
     wrapped = getattr(current, "__wrapped__", None)
@@ -179,6 +179,11 @@ def install_capture_hooks(module: nn.Module | None, kwargs: dict) -> None:
 
 def _options(config: FarskipConfig | dict | None, options: dict) -> dict:
     return {**(config.to_dict() if isinstance(config, FarskipConfig) else config or {}), **options}
+
+
+def converted_of(model: nn.Module) -> nn.Module | None:
+    """The module that ``apply`` gave a compiled forward: ``model`` itself with ``data_parallel``, or its decoder."""
+    return next((m for m in model.modules() if isinstance(m.__dict__.get("forward"), Converted)), None)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

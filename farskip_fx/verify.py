@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from . import inner
 from .backend import plan_of
 from .config import FarskipConfig
-from .convert import Converted, decoder_of
+from .convert import Converted, converted_of
 from .errors import ConfigError, RefusedError
 from .interpret import Direct
 from .passes.checkpointing import inline_checkpoints
@@ -86,10 +86,10 @@ def verify(model: nn.Module, *args, tolerance: float | None = None, **kwargs) ->
         ConfigError: the model was not converted with ``apply``.
         RefusedError: the traced graph has no stream that can be interpreted.
     """
-    owner = decoder_of(model)
-    converted = owner.__dict__.get("forward")
-    if not isinstance(converted, Converted) or converted._compiled is None:
+    owner = converted_of(model)
+    if owner is None or owner.forward._compiled is None:
         raise ConfigError("verify needs a model that was converted with farskip_fx.apply(model, ...)")
+    converted = owner.forward
     calls: list[tuple] = []
 
     def keep(module, args, kwargs):

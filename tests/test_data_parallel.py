@@ -135,6 +135,9 @@ def accumulation(rank):
     found["before"] = largest_difference(ours, want)
     fs.reduce_gradients(ours)
     found["once"] = largest_difference(ours, want)
+    found["verified"] = bool(fs.verify(ours, input_ids=micro[0]))
+    with pytest.raises(fs.ConfigError, match="converted already"):
+        fs.apply(ours, connectivity="farskip")
     return found
 
 
@@ -169,17 +172,14 @@ def training(rank):
         outside(torch.ones(16)).sum().backward()
     except fs.GradientError as error:
         refused = str(error)
-    return norms, same_everywhere(model=ours, mesh=mesh) if not refused else _without(ours, mesh), losses, refused
-
-
-def _without(model, mesh):
-    del model.extra
-    return same_everywhere(model, mesh)
+    del ours.extra
+    return norms, same_everywhere(ours, mesh), losses, refused
 
 
 def test_accumulation():
     for found in run_ranks(accumulation, 2):
         assert found["each"] <= 1e-5 and found["once"] <= 1e-5 and found["before"] > 1e-2, found
+        assert found["verified"]
 
 
 def test_replicas_stay_equal_and_a_parameter_outside_is_refused():
@@ -187,6 +187,6 @@ def test_replicas_stay_equal_and_a_parameter_outside_is_refused():
     for norms, same, losses, refused in results:
         got, want, after, largest, want_largest = norms
         assert abs(got - want) <= 1e-5 * want and abs(after - 0.01) <= 1e-5 and abs(largest - want_largest) <= 1e-4 * want_largest
-        assert same and "extra.weight" in refused or "extra.bias" in refused
+        assert same and ("extra.weight" in refused or "extra.bias" in refused)
         assert sum(losses[-4:]) < sum(losses[:4])
     assert len({norms[0] for norms, *_ in results}) == 1
