@@ -27,7 +27,8 @@ from .report import Report, last_reports
 
 __all__ = ["check_agreement"]
 
-_KINDS = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+_KINDS = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
+          "copy_to_group", "sum_over_group")        # of exchange="all_reduce": all-reduces, of the backward and the forward
 
 
 class Collective(NamedTuple):
