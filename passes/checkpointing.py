@@ -35,7 +35,7 @@ from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .dataflow import op_name, tensors_of, value_inputs, value_of
-from .operations import MAKES_MEMORY
+from .operations import EXCHANGES, MAKES_MEMORY
 from .reasons import Reason
 
 TAGS = ("recompute", "ac_graph_id")
@@ -172,7 +172,7 @@ def is_exchange(node: Node) -> bool:
     """Whether ``node`` launches a collective or waits for one."""
     target = node.target
     name = target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "_qualified_op_name", "")
-    return node.op == "call_function" and ("c10d" in name or "symm_mem" in name or op_name(node) == "sum_over_group")
+    return node.op == "call_function" and ("c10d" in name or "symm_mem" in name or op_name(node) in EXCHANGES)
 
 
 def _decides(node: Node) -> bool:

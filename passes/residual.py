@@ -196,7 +196,8 @@ def _updates(flow: Dataflow, steps: list[Step], states: list[Node], kinds: dict[
         for part in parts:
             origin, branch = _branch(flow, part, states, i)
             contributions.append(Contribution(node=part, origin=origin, branch=branch,
-                                              unclear=unclear(flow, part, states[i], step), nested=_nested(flow, step, states[origin], branch)))
+                                              unclear=unclear(flow, part, states[i], step),
+                                              nested=_nested(flow, step, states[origin], branch)))
         before, after = states[i], states[i + 1]
         changed = flow.bit(before) | flow.mask(parts)
         nodes = flow.descendants(changed, (flow.ancestors(after) | flow.bit(after)) & ~flow.ancestors(before))
@@ -214,16 +215,20 @@ def _nested(flow: Dataflow, step: Step, state: Node, branch: int) -> bool:
     chained = {i.add for i in step.inner if flow.bit(i.add) & branch and between(i.contribution, i.skip) & linear}
     if any(i.start in chained for i in step.inner if i.add in chained):
         return True
-    joins = (n for n in flow.members(branch) if op_name(n) not in SCALES | LINEAR_MAPS | ATTENTION)
-    return any(_is_scaled(flow, raw, state) and any(between(o, state) & linear for o in node.all_input_nodes)
+    joins = (n for n in flow.members(branch) if op_name(n) not in _JOINS_NOTHING)
+    return any(_is_raw(flow, raw, state) and any(between(o, state) & linear for o in node.all_input_nodes)
                for node in joins if len(node.all_input_nodes) > 1 for raw in node.all_input_nodes)
 
 
-def _is_scaled(flow: Dataflow, node: Node, state: Node) -> bool:
+_JOINS_NOTHING = SCALES | LINEAR_MAPS | ATTENTION
+_LEAVES_RAW = VIEWS | CASTS | SCALES
+
+
+def _is_raw(flow: Dataflow, node: Node, state: Node) -> bool:
     """``state`` itself but for views, casts and constant factors: no norm."""
     while node is not state:
         operands = [a for a in node.all_input_nodes if a is state or flow.depends(a, state)]
-        if op_name(node) not in VIEWS | CASTS | SCALES or len(operands) != 1:
+        if op_name(node) not in _LEAVES_RAW or len(operands) != 1:
             return False
         node = operands[0]
     return True

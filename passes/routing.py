@@ -49,19 +49,18 @@ def scores_of(flow: Dataflow, selector: Node, before: Node | None) -> Node | Non
 
 def _experts_anywhere(flow: Dataflow, selector: Node, linear: Node) -> bool:
     """Whether there are experts behind ``selector``: looked for around it first, which keeps the time linear in layers."""
-    count, chosen = len(flow.nodes), op_name(selector) not in GATES
+    count, gates = len(flow.nodes), op_name(selector) in GATES
     for distance in (_NEAR, count):
         first, end = max(flow.position[linear] - distance, 0), min(flow.position[selector] + distance, count)
         if end - first > count - _NEAR:
             first, end = 0, count
         nodes, branch = flow.nodes[first:end], (1 << end) - (1 << first)
         is_choice = functools.partial(_is_choice_of_experts, flow, nodes=nodes, branch=branch)
-        if not chosen and (flow.marked("choice", is_choice) if len(nodes) == count else any(map(is_choice, nodes))):
-            return False        # scores that are also gates: what is routed begins at the choice
-        router = _Router(flow=flow, linear=linear, chosen=flow.descendants(flow.bit(selector), branch), branch=branch)
-        if (_chosen_experts if chosen else _gated_experts)(router, nodes) is not None:
+        if gates and (flow.marked("choice", is_choice) if len(nodes) == count else any(map(is_choice, nodes))):
+            return False        # as in experts_of
+        if _evidence(flow, nodes, selector, linear, branch) is not None:
             return True
-        if end - first == count:
+        if len(nodes) == count:
             return False
     return False
 
@@ -141,14 +140,16 @@ def _is_matrix(node: Node) -> bool:
 
 def experts_of(flow: Dataflow, nodes: list[Node], selector: Node, linear: Node, branch: int) -> Node | None:
     """The node that shows that the choice or gate ``selector`` over the outputs of ``linear`` is among experts."""
-    chosen = flow.descendants(flow.bit(selector), branch)
-    router = _Router(flow=flow, linear=linear, chosen=chosen, branch=branch)
-    if op_name(selector) not in GATES:
-        return _chosen_experts(router, nodes)
-    found = _gated_experts(router, nodes)
-    if found is None or any(_is_choice_of_experts(flow, n, nodes, branch) for n in nodes):
-        return None
-    return found
+    found = _evidence(flow, nodes, selector, linear, branch)
+    if found is None or op_name(selector) not in GATES:
+        return found
+    # Scores that are also gates: what is routed begins at the choice.
+    return None if any(_is_choice_of_experts(flow, n, nodes, branch) for n in nodes) else found
+
+
+def _evidence(flow: Dataflow, nodes: list[Node], selector: Node, linear: Node, branch: int) -> Node | None:
+    router = _Router(flow=flow, linear=linear, chosen=flow.descendants(flow.bit(selector), branch), branch=branch)
+    return (_gated_experts if op_name(selector) in GATES else _chosen_experts)(router, nodes)
 
 
 def looks_like_experts(nodes: list[Node]) -> bool:
@@ -233,8 +234,7 @@ def _is_choice_of_experts(flow: Dataflow, node: Node, nodes: list[Node], branch:
     linear = _choice_scores(flow, node, None)
     if linear is None or not flow.bit(linear) & branch:
         return False
-    chosen = flow.descendants(flow.bit(node), branch)
-    return _chosen_experts(_Router(flow=flow, linear=linear, chosen=chosen, branch=branch), nodes) is not None
+    return _evidence(flow, nodes, node, linear, branch) is not None
 
 
 def _choice_scores(flow: Dataflow, node: Node, before: Node | None) -> Node | None:
