@@ -38,7 +38,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
 from .errors import ConfigError, GradientError
-from .passes._torch import timeout_of
+from .expert_parallel import ExpertShard, _all_reduce
+from .passes._torch import process_group, timeout_of
 from .passes.data_parallel import Entrance, in_buckets, insert_means
 
 __all__ = ["DataParallel", "clip_grad_norm_", "data_parallel", "no_sync", "reduce_gradients"]
@@ -61,7 +62,7 @@ class DataParallel:
 
     def mean_of(self, parameter: Tensor) -> Mean:
         """How the gradients of one parameter are averaged."""
-        shard = getattr(parameter, "_farskip_expert_group", None)
+        shard = _shard_of(parameter)
         if shard is None:
             return Mean(self.dense_group, self.dense_size, self.dense_size)
         divisor = self.dense_size if shard.exchange == "all_to_all" else self.expert_size
@@ -99,8 +100,9 @@ def data_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None
         raise ConfigError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
     replicas, expert = _ranks(group), _expert_ranks(model)
     # Each replica tells the ranks of its expert group; with the replicas of those, that is the grid.
-    rows: list = [None] * len(replicas)
-    dist.all_gather_object(rows, expert, group=_process_group(group)) if len(replicas) > 1 else rows.__setitem__(0, expert)
+    rows = [expert] * len(replicas)
+    if len(replicas) > 1:
+        dist.all_gather_object(rows, expert, group=_process_group(group))
     everyone = sorted({rank for row in rows for rank in row})
     if len(everyone) != len(replicas) * len(expert):
         raise ConfigError(f"the {len(replicas)} replicas {replicas} and their expert groups {rows} do not form a grid: build "
@@ -133,28 +135,31 @@ def _ranks(group) -> list[int]:
 
 def _expert_ranks(model: nn.Module) -> list[int]:
     """The ranks that together hold this rank's experts once."""
-    names = {shard.group.name for p in model.parameters() if (shard := getattr(p, "_farskip_expert_group", None)) is not None}
+    names = {shard.group.name for p in model.parameters() if (shard := _shard_of(p)) is not None}
     if len(names) > 1:
         raise ConfigError(f"the experts of this model are sharded over {len(names)} different groups; data_parallel needs one: "
                           "call expert_parallel once for the whole model")
     if not names:
         return [dist.get_rank()]
-    return sorted(dist.get_process_group_ranks(torch.distributed.distributed_c10d._resolve_process_group(names.pop())))
+    return sorted(dist.get_process_group_ranks(process_group(names.pop())))
 
 
-_groups: dict[tuple, str] = {}
-_keep: list[dist.ProcessGroup] = []
+def _shard_of(parameter: Tensor) -> ExpertShard | None:
+    """The mark of `expert_parallel`."""
+    return getattr(parameter, "_farskip_expert_group", None)
+
+
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict] = weakref.WeakKeyDictionary()
+"""Default group -> {(ranks, use): the group of our own}."""
 
 
 def _own_group(ranks: tuple[int, ...], use: str = "dense") -> str:
     """A group for one kind of traffic, made once. Only its ranks take part in making it."""
-    key = (id(dist.group.WORLD), ranks, use)
-    if key not in _groups:
-        made = dist.new_group(list(ranks), use_local_synchronization=True, timeout=timeout_of(dist.group.WORLD),
-                              group_desc=f"farskip_{use}_gradients")
-        _keep.append(made)
-        _groups[key] = made.group_name
-    return _groups[key]
+    made = _groups.setdefault(dist.group.WORLD, {})
+    if (ranks, use) not in made:
+        made[ranks, use] = dist.new_group(list(ranks), use_local_synchronization=True, timeout=timeout_of(dist.group.WORLD),
+                                          group_desc=f"farskip_{use}_gradients")
+    return made[ranks, use].group_name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +184,7 @@ def _averages(gradients, mean: Mean) -> list[Tensor]:
     """Divided before the sum: it does not overflow then in 16 bits."""
     if mean.size == 1:
         return [g / mean.divisor for g in gradients]
-    flat = torch.cat([g.reshape(-1) for g in gradients]) / mean.divisor
-    flat = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(flat, "sum", mean.group))
+    flat = _all_reduce(torch.cat([g.reshape(-1) for g in gradients]) / mean.divisor, mean.group)
     parts = flat.split([g.numel() for g in gradients])
     return [part.view(g.shape) for part, g in zip(parts, gradients)]
 
@@ -191,21 +195,18 @@ def averaged(kind: tuple, *parameters: Tensor) -> tuple[Tensor, ...]:
 
 
 def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParallel) -> int:
-    """Insert the means into a Dynamo graph, for each trainable parameter that enters it; the number of buckets.
-
-    Raises:
-        ConfigError: a group of `parallel` does not exist in this process.
-    """
+    """Insert the means into a Dynamo graph, for each trainable parameter that enters it; the number of buckets."""
     found: dict[int, list] = {}
     for node, value in zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs):
         if isinstance(value, nn.Parameter) and value.requires_grad:
             found.setdefault(id(value), [value]).append(node)
     entrances = []
     for parameter, *nodes in found.values():
-        kind = (*parallel.mean_of(parameter), str(parameter.dtype), str(parameter.device))
-        entrances.append(Entrance(nodes=tuple(nodes), kind=kind, size=parameter.numel() * parameter.element_size()))
         _averaged.add(parameter)
-    entrances = [e for e in entrances if Mean(*e.kind[:3]).divisor > 1]
+        mean = parallel.mean_of(parameter)
+        if mean.divisor > 1:
+            kind = (*mean, str(parameter.dtype), str(parameter.device))
+            entrances.append(Entrance(nodes=tuple(nodes), kind=kind, size=parameter.nbytes))
     buckets = in_buckets(gm.graph, entrances, int(parallel.bucket_mb * 2**20))
     if buckets:
         insert_means(gm.graph, buckets, averaged)
@@ -269,7 +270,7 @@ def reduce_gradients(model: nn.Module) -> None:
     """Average what `no_sync` accumulated, in place, in buckets. Collective over all ranks; nothing hides it."""
     parallel = _parallel_of(model)
     waiting: dict[tuple, list[Tensor]] = {}
-    for parameter in {id(p): p for p in model.parameters() if p.requires_grad}.values():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         if parameter.grad is None:      # no token came here; elsewhere one may have
             parameter.grad = torch.zeros_like(parameter)
         mean = parallel.mean_of(parameter)
@@ -312,14 +313,13 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, norm_t
     parameters = [p for p in (model.parameters() if isinstance(model, nn.Module) else model) if p.requires_grad]
     dense, shards = [], {}
     for parameter in parameters:
-        shard = getattr(parameter, "_farskip_expert_group", None)
+        shard = _shard_of(parameter)
         (dense if shard is None else shards.setdefault(shard.group.name, [])).append(parameter)
     device = parameters[0].device if parameters else torch.device("cpu")
     total = _power(dense, norm_type, device)
     for group in sorted(shards):
         own = _power(shards[group], norm_type, device)
-        reduced = torch.ops._c10d_functional.all_reduce(own, "max" if math.isinf(norm_type) else "sum", group)
-        reduced = torch.ops._c10d_functional.wait_tensor(reduced)
+        reduced = _all_reduce(own, group, "max" if math.isinf(norm_type) else "sum")
         total = torch.maximum(total, reduced) if math.isinf(norm_type) else total + reduced
     total = total if math.isinf(norm_type) else total ** (1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(total):

@@ -78,8 +78,8 @@ def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: s
     return torch.ops._c10d_functional.wait_tensor(launched)
 
 
-def _all_reduce(partial: Tensor, group_name: str) -> Tensor:
-    launched = torch.ops._c10d_functional.all_reduce(partial.contiguous(), "sum", group_name)
+def _all_reduce(partial: Tensor, group_name: str, operation: str = "sum") -> Tensor:
+    launched = torch.ops._c10d_functional.all_reduce(partial.contiguous(), operation, group_name)
     return torch.ops._c10d_functional.wait_tensor(launched)
 
 

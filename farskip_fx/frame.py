@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 from .capture import way_to_one_graph
 from .data_parallel import DataParallel, is_paused

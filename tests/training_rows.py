@@ -32,17 +32,13 @@ def compiled(model, **options):
     return torch.compile(model, backend="farskip", options={"inner": "eager", **options})
 
 
-def own(rank, step_number=0):
-    return own_rows(batch(step_number), rank, 2)
+def own(rank):
+    return own_rows(batch(), rank, 2)
 
 
 def gradients_equal(model, rank, want, **how):
-    model_step(model, own(rank))
+    step(model, own(rank))
     return outcome(largest_difference(inner_of(model), want), **how)
-
-
-def model_step(model, ids):
-    model(input_ids=ids, labels=ids).loss.backward()
 
 
 def inner_of(model):
@@ -76,7 +72,7 @@ def ours_torch_compile(rank):
 
 def ours_group_in_options(rank):
     fast = compiled(fs.expert_parallel(model_of(), mesh_of(1, 2)["ep"]), data_parallel=mesh_of(1, 2)["dp"])
-    model_step(fast, own(rank))
+    step(fast, own(rank))
 
 
 # --- what people have -------------------------------------------------------------------------------------------------
@@ -116,7 +112,7 @@ def fsdp_on_the_root(rank):
     model = model_of()
     want = reference(model, batch(), "farskip")
     sharded = fully_shard(copy.deepcopy(model), mesh=mesh_of(2, 1)["dp"])
-    model_step(compiled(sharded, connectivity="farskip"), own(rank))
+    step(compiled(sharded, connectivity="farskip"), own(rank))
     return outcome(_off(_full(sharded), want))
 
 
@@ -124,7 +120,7 @@ def fsdp_on_each_layer(rank):
     model, mesh = copy.deepcopy(model_of()), mesh_of(2, 1)["dp"]
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    model_step(compiled(fully_shard(model, mesh=mesh), connectivity="farskip"), own(rank))
+    step(compiled(fully_shard(model, mesh=mesh), connectivity="farskip"), own(rank))
 
 
 def replicate_(rank):
@@ -140,7 +136,7 @@ def one_layer(rank):
     model = model_of()
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, backend="farskip", options={"inner": "eager"})
-    model_step(model, own(rank))
+    step(model, own(rank))
 
 
 def head_outside(rank):
@@ -176,7 +172,7 @@ def fp32_masters(rank):
     fast = parallel_model(model.to(torch.bfloat16), mesh_of(1, 2))
     masters = {n: p.detach().float().clone().requires_grad_() for n, p in fast.named_parameters()}
     optimizer = torch.optim.SGD(masters.values(), lr=0.1)
-    model_step(fast, own(rank))
+    step(fast, own(rank))
     for name, parameter in fast.named_parameters():
         masters[name].grad = parameter.grad.float()
     before = {n: m.detach().clone() for n, m in masters.items()}
@@ -196,7 +192,7 @@ def auxiliary_loss(rank):
     model = model_of(output_router_logits=True, router_aux_loss_coef=0.1)
     want, plain = {}, converted(copy.deepcopy(model), connectivity="farskip")
     for other in range(2):
-        model_step(plain, own(other))
+        step(plain, own(other))
     want = {n: p.grad / 2 for n, p in plain.named_parameters()}
     torch._dynamo.reset()
     return gradients_equal(parallel_model(model, mesh_of(1, 2)), rank, want)
@@ -238,7 +234,7 @@ def dropout(rank):
         torch._dynamo.reset()
         plain = converted(copy.deepcopy(model), connectivity="farskip")
         torch.manual_seed(other)
-        model_step(plain, own(other))
+        step(plain, own(other))
         for n, p in plain.named_parameters():
             want[n] = want.get(n, 0) + p.grad / 2
     torch._dynamo.reset()
