@@ -5,14 +5,17 @@ A row returns "equal" (gradients of one process that sees the whole batch, 1e-5 
 """
 import copy
 import os
+import shutil
 import tempfile
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 import farskip_fx as fs
 from test_data_parallel import batch, largest_difference, mesh_of, model_of, own_rows, parallel_model, reference, step
@@ -101,7 +104,7 @@ def ddp_around_applied(rank):
 
 
 def _full(model):
-    return {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    return {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
 
 
 def _off(got, want):
@@ -130,6 +133,33 @@ def replicate_(rank):
     copied = replicate(copy.deepcopy(model), process_group=mesh_of(2, 1)["dp"].get_group())
     with torch._dynamo.config.patch(optimize_ddp="no_optimization"):
         return gradients_equal(compiled(copied, connectivity="farskip"), rank, want)
+
+
+def _tensor_parallel(rank, connectivity):
+    """transformers shards while it reads a checkpoint, and both ranks have the same batch. Its parameters are DTensors."""
+    model, folder = model_of(num_attention_heads=4, num_key_value_heads=2), [tempfile.mkdtemp() if rank == 0 else None]
+    want = reference(model, batch(), connectivity)
+    torch._dynamo.reset()
+    dist.broadcast_object_list(folder)
+    try:
+        if rank == 0:
+            model.save_pretrained(folder[0])
+        dist.barrier()
+        sharded = AutoModelForCausalLM.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_plan="auto"))
+        dist.barrier()
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder[0])
+    step(converted(sharded, connectivity=connectivity), batch())
+    return outcome(_off(_full(sharded), want))
+
+
+def tensor_parallel(rank):
+    return _tensor_parallel(rank, "none")
+
+
+def tensor_parallel_rewired(rank):
+    return _tensor_parallel(rank, "ladder")
 
 
 def one_layer(rank):
@@ -300,6 +330,8 @@ ROWS = {
     "FSDP2 on the root": fsdp_on_the_root,
     "FSDP2 on each layer": fsdp_on_each_layer,
     "`replicate`": replicate_,
+    "transformers' `DistributedConfig(tp_plan=\"auto\")`, `connectivity=\"none\"`": tensor_parallel,
+    "the same, `connectivity=\"ladder\"` or `\"farskip\"`": tensor_parallel_rewired,
     "each layer compiled by itself": one_layer,
     "autocast to bf16": autocast,
     "bf16 parameters": bf16_parameters,
