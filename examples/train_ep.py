@@ -20,19 +20,6 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import farskip_fx
 
 
-def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ep", type=int, help="ranks that share the experts (default: all)")
-    parser.add_argument("--connectivity", default="farskip", help="'none' trains the standard connectivity")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rows", type=int, default=16, help="sequences in a batch, over all ranks and micro-steps")
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-steps a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--inner", default="inductor", help="'eager' starts at once, and hides nothing")
-    return parser.parse_args()
-
-
 def text():
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
@@ -40,13 +27,11 @@ def text():
 
 def batch(data, step, rows, length):
     """The same on every rank: (rows, length) tokens of the whole batch of a step."""
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(len(data) - length, (rows,), generator=generator)
+    starts = torch.randint(len(data) - length, (rows,), generator=torch.Generator().manual_seed(step))
     return torch.stack([data[s:s + length] for s in starts]).long()
 
 
-def main():
-    given = options()
+def main(given):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -78,9 +63,18 @@ def main():
         optimizer.zero_grad()
         dist.all_reduce(total)
         if rank == 0 and (step % 10 == 9 or step == 0):
-            print(f"step {step + 1:4}  loss {total.item() / world:.4f}  norm {norm.item():.3f}  {time.time() - begin:.0f} s", flush=True)
+            print(f"step {step + 1:4}  loss {total.item() / world:.4f}  norm {norm:.3f}  {time.time() - begin:.0f} s", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ep", type=int, help="ranks that share the experts (default: all)")
+    parser.add_argument("--connectivity", default="farskip", help="'none' trains the standard connectivity")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=16, help="sequences in a batch, over all ranks and micro-steps")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-steps a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--inner", default="inductor", help="'eager' starts at once, and hides nothing")
+    main(parser.parse_args())
