@@ -63,7 +63,7 @@ def main(given):
         optimizer.zero_grad()
         dist.all_reduce(total)
         if rank == 0 and (step % 10 == 9 or step == 0):
-            print(f"step {step + 1:4}  loss {total.item() / world:.4f}  norm {norm:.3f}  {time.time() - begin:.0f} s", flush=True)
+            print(f"step {step + 1:4}  loss {total / world:.4f}  norm {norm:.3f}  {time.time() - begin:.0f} s", flush=True)
     dist.destroy_process_group()
 
 
