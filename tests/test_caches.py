@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 SETTINGS = {
     "farskip": {"connectivity": "farskip"},
@@ -80,6 +81,49 @@ def test_a_warm_cache_gives_each_configuration_its_own_graph(tmp_path):
         assert each["fx"][0] == 0 and each["fx"][1] > 0 and each["aot"][0] == 0, f"a foreign graph for {each['name']}"
     for name in ("farskip", "ladder"):
         assert warm[name]["aot"][0] > 0 and warm[name]["fx"][1] == 0, f"{name} was compiled again"
+
+
+def test_the_divisor_of_averaged_gradients_is_in_the_key(fake_group):
+    """Graphs that differ in nothing but data parallelism, with one name for the group. AOTAutograd's cache does not take
+    them (the means are autograd functions); Inductor's key, of the graphs that AOTAutograd makes, sees divisor and buckets."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
+    from torch._inductor.codecache import compiled_fx_graph_hash
+
+    from farskip_fx.data_parallel import DataParallel, average_gradients
+
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)), torch.ones(3, 8)
+    name = dist.group.WORLD.group_name
+
+    def gradients(run):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    def keys(size, bucket_mb):
+        found = []
+        parallel = DataParallel(dense_group=name, dense_size=size, expert_group=name, expert_size=size, bucket_mb=bucket_mb)
+
+        def keep(gm, inputs):
+            found.append(compiled_fx_graph_hash(gm, inputs, {}, [])[0])
+            return make_boxed_func(gm.forward)
+
+        def backend(gm, inputs):
+            average_gradients(gm, inputs, parallel)
+            gm.recompile()
+            with pytest.raises(BypassAOTAutogradCache):
+                check_cacheable(gm)
+            return aot_autograd(fw_compiler=keep, bw_compiler=keep)(gm, inputs)
+
+        torch._dynamo.reset()
+        for mean, whole in zip(gradients(torch.compile(model, backend=backend)), plain):
+            torch.testing.assert_close(mean * size, whole)      # the fake group adds nothing
+        return found
+
+    plain = gradients(model)
+    forward, backward = zip(*(keys(*way) for way in [(2, 25), (4, 25), (4, 1e-4), (2, 25)]))
+    assert len(set(forward)) == 1 and len(set(backward)) == 3 and backward[0] == backward[3]
 
 
 @pytest.mark.parametrize("environment", [{"TORCH_COMPILE_DISABLE": "1"}, {"TORCHDYNAMO_DISABLE": "1"}],
