@@ -24,11 +24,13 @@ from .errors import CollectiveError
 from .passes._torch import process_group
 from .passes.dataflow import op_name, value_of
 from .report import Report, last_reports
+from .sharding import unshard_bucket
 
 __all__ = ["check_agreement"]
 
 _KINDS = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
-          "copy_to_group", "sum_over_group")        # of exchange="all_reduce": all-reduces, of the backward and the forward
+          "copy_to_group", "sum_over_group",        # of exchange="all_reduce": all-reduces, of the backward and the forward
+          "unshard")                                # of one sharded parameter: an all-gather
 
 
 class Collective(NamedTuple):
@@ -55,6 +57,10 @@ def _collective(node: Node) -> Collective | None:
         group, _, _, dtype, _ = node.args[0]
         numel = sum(p.numel() if (p := value_of(n)) is not None else 0 for n in node.args[1:])
         return Collective("all_reduce of gradients", _ranks(group), dtype.removeprefix("torch."), (numel,))
+    if node.target is unshard_bucket:
+        group, _, _, dtype, _ = node.args[0]
+        numel = sum(p.numel() if (p := value_of(n)) is not None else 0 for n in node.args[2:])
+        return Collective("all_gather of parameters", _ranks(group), dtype.removeprefix("torch."), (numel,))
     op = op_name(node)
     if op.rstrip("_").removesuffix("_coalesced") not in _KINDS:
         return None

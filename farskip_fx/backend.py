@@ -61,8 +61,8 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
             report.checkpoints = inline_checkpoints(gm, gradients=torch.is_grad_enabled())
     if config.names:
         _rewire(gm, config, report, where)
-    if config.data_parallel is not None and not where.is_paused(config.data_parallel):
-        report.buckets = average_gradients(gm, example_inputs, config.data_parallel)
+    if config.data_parallel is not None:
+        report.buckets = average_gradients(gm, example_inputs, config.data_parallel, paused=where.is_paused(config.data_parallel))
     gm.recompile()
     return inner.compile(gm, example_inputs, config=config, mode=mode, report=report)
 

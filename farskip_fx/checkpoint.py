@@ -56,6 +56,7 @@ from .convert import Converted
 from .errors import CheckpointError, ConfigError, FarskipWarning
 from .expert_parallel import ExpertShard, _sharded_modules
 from .passes._torch import process_group
+from .sharding import DenseShard, dense_shards
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -211,13 +212,15 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _global(name: str, value: Tensor, shard: ExpertShard | None) -> Tensor:
+def _global(name: str, value: Tensor, shard: ExpertShard | DenseShard | None) -> Tensor:
     """A tensor that DCP knows to be a part of a larger one, if it is; it shares memory with `value`."""
     if isinstance(value, DTensor):
         return value
     if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ConfigError(f"{name} is a {type(value).__name__}; checkpoints hold plain tensors and DTensors only "
                           "(quantised parameters or optimizer states are not supported)")
+    if isinstance(shard, DenseShard):
+        return _global_dense(name, value, shard)
     if shard is None or shard.group.size == 1 or value.numel() == 1 and value.dim() <= 1:
         return value        # also the optimizer's count of steps
     if value.dim() == 0 or value.size(0) != shard.num_local_experts:
@@ -229,10 +232,25 @@ def _global(name: str, value: Tensor, shard: ExpertShard | None) -> Tensor:
     return DTensor.from_local(value, mesh, [Shard(0)], run_check=False)
 
 
-def _shards(model: nn.Module) -> dict[int, ExpertShard]:
+def _global_dense(name: str, value: Tensor, shard: DenseShard) -> Tensor:
+    """The same of a slice of a dense parameter, without its padding."""
+    if value.dim() == 0:
+        return value
+    if tuple(value.shape) != (shard.rows, *shard.shape[1:]):
+        raise ConfigError(f"{name} of shape {tuple(value.shape)} belongs to a slice of {shard.rows} rows of a parameter of shape "
+                          f"{shard.shape}, but has not its shape: it cannot be read by another number of ranks. Use an "
+                          "optimizer whose state has the shape of the parameter (AdamW, SGD)")
+    mesh = DeviceMesh.from_group(process_group(shard.group), value.device.type)
+    shape = torch.Size(shard.shape)
+    return DTensor.from_local(value[:shard.valid], mesh, [Shard(0)], run_check=False, shape=shape,
+                              stride=torch.empty(shape, device="meta").stride())
+
+
+def _shards(model: nn.Module) -> dict[int, ExpertShard | DenseShard]:
     """By id of the parameter."""
-    return {id(getattr(module, name)): module._farskip_experts
-            for _, module in _sharded_modules(model) for name in module._farskip_experts.parameters}
+    experts = {id(getattr(module, name)): module._farskip_experts
+               for _, module in _sharded_modules(model) for name in module._farskip_experts.parameters}
+    return experts | {id(module._parameters[name]): shard for _, module, name, shard in dense_shards(model)}
 
 
 def _plain_name(name: str) -> str:
@@ -322,11 +340,14 @@ def _same_group(number: int, names: list[str], groups: list[dict]) -> dict:
     return found[0]
 
 
-def _empty(parameter: Tensor, shard: ExpertShard | None, entry: TensorStorageMetadata, *, on_device: bool) -> Tensor:
+def _empty(parameter: Tensor, shard: ExpertShard | DenseShard | None, entry: TensorStorageMetadata, *, on_device: bool) -> Tensor:
     """Where one tensor of the optimizer's state goes; counts of steps stay on the CPU, as torch.optim keeps them."""
     size, dtype = tuple(entry.size), entry.properties.dtype
     if isinstance(parameter, DTensor):
         if size == tuple(parameter.shape):
+            return torch.zeros_like(parameter, dtype=dtype)
+    elif isinstance(shard, DenseShard):
+        if size:
             return torch.zeros_like(parameter, dtype=dtype)
     elif shard is not None and size and size[0] == shard.num_experts:
         size = (shard.num_local_experts, *size[1:])

@@ -16,6 +16,11 @@ Which ranks
                 experts. Its gradient is that of the sum over the expert group already, so it is divided by dp x ep
                 (`exchange="all_to_all"`), or by dp (`"all_reduce"`, where the expert group shares one batch).
 
+Sharded
+    `shard=True` keeps of each dense parameter only this rank's rows (`sharding.py`): the whole is gathered in the graph in
+    front of its use, in the forward and again in the backward, and the means come scattered. With the optimizer's state
+    that is 1 / (dp x ep) of the dense memory.
+
 How
     An identity over a bucket of parameters stands where they enter the graph; its backward is one all-reduce
     (`passes/data_parallel.py`). So AOTAutograd puts functional collectives into the backward graph, and our schedule moves
@@ -37,10 +42,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 
+from .collectives import all_reduce
 from .errors import ConfigError, GradientError
-from .expert_parallel import ExpertShard, _all_reduce
+from .expert_parallel import ExpertShard, _sharded_modules
 from .passes._torch import process_group, timeout_of
-from .passes.data_parallel import Entrance, in_buckets, insert_means
+from .passes.data_parallel import Entrance, gathers_of, in_buckets, insert_gathers, insert_means
+from .sharding import MARK, DenseShard, dense_shards, shard_dense, unshard_bucket
 
 __all__ = ["DataParallel", "clip_grad_norm_", "data_parallel", "no_sync", "reduce_gradients"]
 
@@ -77,7 +84,7 @@ class Mean(NamedTuple):
 
 
 def data_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None = None, *,
-                  bucket_mb: float = 25.0) -> DataParallel:
+                  bucket_mb: float = 25.0, shard: bool = False) -> DataParallel:
     """Make the process groups for averaging gradients. Collective: every rank calls it, after `expert_parallel`.
 
     A parameter whose gradient is made outside of the compiled graph would miss the average, and the replicas would drift
@@ -88,6 +95,8 @@ def data_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None
         group: the ranks with a replica of this rank's experts: a 1-D DeviceMesh (`mesh["dp"]`) or a process group. None: no
             replicas (dp = 1), only the ranks of the expert group average their dense parameters.
         bucket_mb: MiB of gradients in one collective.
+        shard: keep of each dense parameter only this rank's rows, as FSDP2 does; in place, before the optimizer is made.
+            Every rank must have equal weights.
 
     Raises:
         ConfigError: torch.distributed is not initialised; a mesh of several dimensions; experts in several groups; groups
@@ -111,8 +120,11 @@ def data_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None
                             expert_group=_own_group(tuple(replicas), "experts"), expert_size=len(replicas),
                             bucket_mb=float(bucket_mb))
     model._farskip_data_parallel = parallel
+    mark_shards(model)
+    if shard:
+        shard_dense(model, parallel.dense_group, len(everyone), everyone.index(dist.get_rank()))
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in _watched:
+        if parameter.requires_grad and parameter not in _watched and not hasattr(parameter, MARK):
             _watched.add(parameter)
             parameter.register_post_accumulate_grad_hook(functools.partial(_require_average, name))
     return parallel
@@ -147,6 +159,15 @@ def _expert_ranks(model: nn.Module) -> list[int]:
 def _shard_of(parameter: Tensor) -> ExpertShard | None:
     """The mark of `expert_parallel`."""
     return getattr(parameter, "_farskip_expert_group", None)
+
+
+def mark_shards(model: nn.Module) -> None:
+    """Put the marks on the parameters of a model that may be a deepcopy of a sharded one: a copied parameter has none."""
+    for _, module in _sharded_modules(model):
+        for name in module._farskip_experts.parameters:
+            getattr(module, name)._farskip_expert_group = module._farskip_experts
+    for _, module, name, shard in dense_shards(model):
+        setattr(module._parameters[name], MARK, shard)
 
 
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict] = weakref.WeakKeyDictionary()
@@ -184,7 +205,7 @@ def _averages(gradients, mean: Mean) -> list[Tensor]:
     """Divided before the sum: it does not overflow then in 16 bits."""
     if mean.size == 1:
         return [g / mean.divisor for g in gradients]
-    flat = _all_reduce(torch.cat([g.reshape(-1) for g in gradients]) / mean.divisor, mean.group)
+    flat = all_reduce(torch.cat([g.reshape(-1) for g in gradients]) / mean.divisor, mean.group)
     parts = flat.split([g.numel() for g in gradients])
     return [part.view(g.shape) for part, g in zip(parts, gradients)]
 
@@ -194,11 +215,21 @@ def averaged(kind: tuple, *parameters: Tensor) -> tuple[Tensor, ...]:
     return _Average.apply(Mean(*kind[:3]), *parameters)
 
 
-def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParallel) -> int:
-    """Insert the means into a Dynamo graph, for each trainable parameter that enters it; the number of buckets."""
+def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParallel, *, paused: bool = False) -> int:
+    """Insert the means into a Dynamo graph, for each trainable parameter that enters it; the number of buckets.
+
+    Args:
+        paused: inside `no_sync`. Slices are gathered, and their gradients averaged and scattered, all the same.
+    """
+    limit = int(parallel.bucket_mb * 2**20)
+    gathered = in_buckets(gm.graph, _gathers(gm, example_inputs), limit)
+    if gathered:
+        insert_gathers(gm.graph, gathered, unshard_bucket)
+    if paused:
+        return len(gathered)
     found: dict[int, list] = {}
-    for node, value in zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs):
-        if isinstance(value, nn.Parameter) and value.requires_grad:
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        if isinstance(value, nn.Parameter) and value.requires_grad and not hasattr(value, MARK):
             found.setdefault(id(value), [value]).append(node)
     entrances = []
     for parameter, *nodes in found.values():
@@ -207,10 +238,25 @@ def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParal
         if mean.divisor > 1:
             kind = (*mean, str(parameter.dtype), str(parameter.device))
             entrances.append(Entrance(nodes=tuple(nodes), kind=kind, size=parameter.nbytes))
-    buckets = in_buckets(gm.graph, entrances, int(parallel.bucket_mb * 2**20))
+    buckets = in_buckets(gm.graph, entrances, limit)
     if buckets:
         insert_means(gm.graph, buckets, averaged)
-    return len(buckets)
+    return len(gathered) + len(buckets)
+
+
+def _gathers(gm: GraphModule, example_inputs: list) -> list[Entrance]:
+    """Sliced parameters that become whole in this graph."""
+    found: dict[int, list] = {}
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        if isinstance(value, nn.Parameter) and hasattr(value, MARK):
+            found.setdefault(id(value), [value]).extend(gathers_of(node))
+    entrances = []
+    for part, *nodes in found.values():
+        if nodes:
+            shard: DenseShard = getattr(part, MARK)
+            kind = (shard.group, shard.size, part.requires_grad, str(part.dtype), str(part.device))
+            entrances.append(Entrance(nodes=tuple(nodes), kind=kind, size=part.nbytes * shard.size, length=shard.shape[0]))
+    return entrances
 
 
 class _Parameters:
@@ -250,6 +296,7 @@ _paused: list[str] = []         # dense groups of the models inside `no_sync`
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Inside, `backward()` accumulates this rank's own gradients; `reduce_gradients(model)` averages them afterwards.
 
+    Sharded parameters average in each `backward()` all the same: no rank has room for the whole gradient.
     One more graph is compiled. All ranks must enter together. Without it every micro-step averages, which gives the same
     gradients, hides behind the backward, and costs the traffic each time.
     """
@@ -270,7 +317,7 @@ def reduce_gradients(model: nn.Module) -> None:
     """Average what `no_sync` accumulated, in place, in buckets. Collective over all ranks; nothing hides it."""
     parallel = _parallel_of(model)
     waiting: dict[tuple, list[Tensor]] = {}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    for parameter in (p for p in model.parameters() if p.requires_grad and not hasattr(p, MARK)):
         if parameter.grad is None:      # no token came here; elsewhere one may have
             parameter.grad = torch.zeros_like(parameter)
         mean = parallel.mean_of(parameter)
@@ -297,7 +344,7 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, norm_t
     """`torch.nn.utils.clip_grad_norm_` over all shards: the norm of the whole model, equal on every rank.
 
     A local norm would scale each rank's gradients differently, and the replicas would drift apart. Collective over the
-    expert group.
+    expert group, and with `shard=True` over all ranks.
 
     Args:
         model: the model, or its parameters (all of them: the experts' shards are found by their mark).
@@ -314,12 +361,13 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, norm_t
     dense, shards = [], {}
     for parameter in parameters:
         shard = _shard_of(parameter)
-        (dense if shard is None else shards.setdefault(shard.group.name, [])).append(parameter)
+        group = shard.group.name if shard is not None else getattr(parameter, MARK).group if hasattr(parameter, MARK) else None
+        (dense if group is None else shards.setdefault(group, [])).append(parameter)
     device = parameters[0].device if parameters else torch.device("cpu")
     total = _power(dense, norm_type, device)
     for group in sorted(shards):
         own = _power(shards[group], norm_type, device)
-        reduced = _all_reduce(own, group, "max" if math.isinf(norm_type) else "sum")
+        reduced = all_reduce(own, group, "max" if math.isinf(norm_type) else "sum")
         total = torch.maximum(total, reduced) if math.isinf(norm_type) else total + reduced
     total = total if math.isinf(norm_type) else total ** (1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(total):

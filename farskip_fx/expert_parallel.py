@@ -48,8 +48,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .collectives import all_gather, all_reduce, all_to_all
 from .passes._torch import (allow_scalar_outputs, optimization_hint, override_optimization_hint, patch_dynamo_config,
                             timeout_of)
+from .sharding import dense_shards
 
 __all__ = [
     "EXCHANGES",
@@ -67,26 +69,8 @@ RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Collectives. The raw functional ops, because the wrappers of `_functional_collectives` put a second wait into a traced
-# graph and hand out a pending tensor in eager. Both ops carry their own autograd formulas (torch 2.13).
+# Replicated and partial tensors
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group_name: str) -> Tensor:
-    """[sum(send), ...] -> [sum(receive), ...]; sizes in rows, one for each rank of the group."""
-    launched = torch.ops._c10d_functional.all_to_all_single(rows, receive, send, group_name)
-    return torch.ops._c10d_functional.wait_tensor(launched)
-
-
-def _all_reduce(partial: Tensor, group_name: str, operation: str = "sum") -> Tensor:
-    launched = torch.ops._c10d_functional.all_reduce(partial.contiguous(), operation, group_name)
-    return torch.ops._c10d_functional.wait_tensor(launched)
-
-
-def _all_gather(rows: Tensor, group_size: int, group_name: str) -> Tensor:
-    """[n, ...] -> [group_size * n, ...], by rank."""
-    launched = torch.ops._c10d_functional.all_gather_into_tensor(rows.contiguous(), group_size, group_name)
-    return torch.ops._c10d_functional.wait_tensor(launched)
 
 
 class _CopyToGroup(torch.autograd.Function):
@@ -99,7 +83,7 @@ class _CopyToGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return _all_reduce(gradient, ctx.group_name), None
+        return all_reduce(gradient, ctx.group_name), None
 
 
 class _SumOverGroup(torch.autograd.Function):
@@ -107,7 +91,7 @@ class _SumOverGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, partial: Tensor, group_name: str) -> Tensor:
-        return _all_reduce(partial, group_name)
+        return all_reduce(partial, group_name)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -136,7 +120,7 @@ class _TakeOwnRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return _all_gather(gradient, ctx.size, ctx.group_name), None, None, None
+        return all_gather(gradient, ctx.size, ctx.group_name), None, None, None
 
 
 class _ReplicateRows(torch.autograd.Function):
@@ -145,7 +129,7 @@ class _ReplicateRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, rank: int, size: int, group_name: str) -> Tensor:
         ctx.rank, ctx.size = rank, size
-        return _all_gather(rows, size, group_name)
+        return all_gather(rows, size, group_name)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -189,12 +173,12 @@ def all_to_all_experts(
 
     # Dispatch. The home rank keeps the router's weights: a row travels unweighted, so that only rows have gradients to
     # carry back.
-    rows = _all_to_all(tokens[order // top_k], receive, send, group.name)
+    rows = all_to_all(tokens[order // top_k], receive, send, group.name)
     local_ids = _local_expert_ids(received_counts, num_local_experts, group.size, sum(receive))
     outputs = run_experts(rows, local_ids, torch.ones_like(local_ids, dtype=rows.dtype))
 
     # Combine. index_copy undoes the sort; its backward is a gather, where indexing by the inverse would scatter.
-    outputs = _all_to_all(outputs, send, receive, group.name)
+    outputs = all_to_all(outputs, send, receive, group.name)
     unsorted = outputs.new_empty(order.numel(), outputs.size(-1)).index_copy(0, order, outputs)
     return (unsorted.view(*expert_ids.shape, outputs.size(-1)) * weights.unsqueeze(-1)).sum(dim=1).to(tokens.dtype)
 
@@ -210,7 +194,7 @@ def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 def _exchange_counts(counts: Tensor, group: ExpertGroup) -> Tensor:
     """Rows for each expert of mine, by sender: [size * num_local_experts], sender major."""
     even = [counts.numel() // group.size] * group.size
-    return _all_to_all(counts, even, even, group.name)
+    return all_to_all(counts, even, even, group.name)
 
 
 def _splits(counts: Tensor, received_counts: Tensor, size: int, rows: int) -> tuple[list[int], list[int]]:
@@ -506,29 +490,43 @@ def gather_experts(model: nn.Module) -> nn.Module:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`model.state_dict()` with the experts gathered: names and shapes of the single process, on every rank.
+    """`model.state_dict()` with the experts, and dense parameters in slices, gathered: names and shapes of the single process,
+    on every rank.
 
-    Collective over the expert group. `model.save_pretrained(path, state_dict=full_state_dict(model))` on one rank writes
+    Collective over the expert group, and with `data_parallel(shard=True)` over all ranks. `model.save_pretrained(path, state_dict=full_state_dict(model))` on one rank writes
     an ordinary checkpoint.
 
     Raises:
-        ValueError: the model has no sharded experts.
+        ValueError: the model has no sharded experts, and no dense parameters in slices.
     """
-    state = model.state_dict()
-    for name, module in _require_sharded(model):
+    state, slices = model.state_dict(), list(dense_shards(model))
+    for name, module in _sharded_modules(model) if slices else _require_sharded(model):
         for key in _state_keys(name, module):
             state[key] = _gather(state[key], module._farskip_experts)
+    whole: dict[int, Tensor] = {}       # tied ones once
+    for key, module, name, shard in slices:
+        part = module._parameters[name]
+        if id(part) not in whole:
+            whole[id(part)] = shard.gather(part.detach())
+        state[key] = whole[id(part)]
     return state
 
 
 def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], *, strict: bool = True):
-    """Loads a single-process state dict: each rank takes its experts, and everything else as it is. Not collective.
+    """Loads a single-process state dict: each rank takes its experts and its slices, and everything else as it is. Not
+    collective.
 
     Raises:
-        ValueError: the model has no sharded experts, or an expert tensor lacks the leading size num_experts.
+        ValueError: the model has no sharded experts and no slices, or a tensor lacks the leading size of the whole.
     """
-    local = dict(state)
-    for name, module in _require_sharded(model):
+    local, slices = dict(state), list(dense_shards(model))
+    for key, _, _, shard in slices:
+        if key in local:
+            if tuple(local[key].shape) != shard.shape:
+                raise ValueError(f"{key} has shape {tuple(local[key].shape)} in the state dict, the model {shard.shape}: pass a full "
+                                 "state dict (from full_state_dict, or from the unsharded model)")
+            local[key] = shard.take(local[key])
+    for name, module in _sharded_modules(model) if slices else _require_sharded(model):
         shard = module._farskip_experts
         for key in _state_keys(name, module):
             if key in local:
@@ -553,7 +551,7 @@ def _state_keys(name: str, module: nn.Module) -> list[str]:
 
 
 def _gather(local: Tensor, shard: ExpertShard) -> Tensor:
-    return _all_gather(local, shard.group.size, shard.group.name)
+    return all_gather(local, shard.group.size, shard.group.name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,14 +94,14 @@ def chooses(selector: Node) -> bool:
 
 
 _LOOKS_AT = VIEWS | CASTS | {"t", "mT", "T", "getattr", "_add_batch_dim"}       # at its first operand
-_COMBINES = ELEMENTWISE | LINEAR_MAPS | {"cat", "stack"}
+_COMBINES = ELEMENTWISE | LINEAR_MAPS | {"cat", "stack", "unshard"}
 _MANY = 64
 _NEAR = 500             # nodes
 
 
 def is_weight(node: Node) -> bool:
-    """A parameter or buffer, or what is made of parameters and buffers alone: cast, transposed, indexed, or with an
-    adapter added to it. A derivation of more than a few steps is taken for something else."""
+    """A parameter or buffer, or what is made of parameters and buffers alone: cast, transposed, indexed, gathered from
+    slices, or with an adapter added to it. A derivation of more than a few steps is taken for something else."""
     todo, seen = [node], set()
     while todo:
         current = todo.pop()
