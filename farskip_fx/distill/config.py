@@ -1,0 +1,117 @@
+"""DistillConfig: what a distillation run does besides what ``TrainingArguments`` say, with a YAML and JSON round trip."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import FarskipConfig
+from ..errors import ConfigError
+from .teacher import MODES
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Options of a distillation run. Learning rate, batch, schedule, precision, logging and saving are TrainingArguments'.
+
+    Args:
+        connectivity, layers, inner: of the student, as in ``FarskipConfig``.
+        teacher: "copy", "int8", "shared" or "cached", see docs/distill.md.
+        temperature: of both distributions.
+        kl, cross_entropy: weights of the two terms; the paper's recipe is KL alone.
+        router_aux_loss: weight of the router's load-balancing loss, on top of the model's own coefficient; 0: not computed.
+        chunk_mb: MiB of one chunk of logits, see ``loss.distillation_loss``.
+        cache: folder of the cached teacher; needed for teacher="cached". Made if it is not there.
+        top_k: log-probabilities that a cache keeps of each token.
+        stop_metric: a metric of evaluation ("humaneval": one of ``tasks``) that ends the run when it does not get better. Not
+            the loss: KL goes on to fall after the tasks have become worse (the paper). None: no early stopping.
+        stop_patience: evaluations without an improvement.
+        stop_delta: what counts as one, relative to the best so far.
+
+    Raises:
+        ConfigError: an unknown option, or a value that it cannot have.
+    """
+    connectivity: str | Mapping = "farskip"
+    layers: str | tuple[int, ...] = "all"
+    inner: str = "inductor"
+    teacher: str = "copy"
+    temperature: float = 1.0
+    kl: float = 1.0
+    cross_entropy: float = 0.0
+    router_aux_loss: float = 0.0
+    chunk_mb: float = 64.0
+    cache: str | None = None
+    top_k: int = 64
+    stop_metric: str | None = None
+    stop_patience: int = 20
+    stop_delta: float = 0.02
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ConfigError(f"version {self.version!r} of the distillation config; this release reads version {VERSION}")
+        settled = self.farskip()        # refuses what is not known
+        object.__setattr__(self, "layers", settled.layers)
+        if isinstance(self.connectivity, Mapping):
+            object.__setattr__(self, "connectivity", dict(self.connectivity))
+        if not settled.names:
+            raise ConfigError("connectivity='none' converts nothing, so there is nothing to distill")
+        if self.teacher not in MODES:
+            raise ConfigError(f"teacher={self.teacher!r} is not known; choose one of {', '.join(MODES)}")
+        if self.teacher == "cached" and not self.cache:
+            raise ConfigError('teacher="cached" needs cache=FOLDER')
+        for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0),
+                          ("top_k", None), ("stop_patience", None), ("stop_delta", 0)):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not (value > 0 if low is None else value >= low):
+                raise ConfigError(f"{name} must be a number {'above' if low is None else 'of at least'} 0, got {value!r}")
+        if not (self.kl or self.cross_entropy):
+            raise ConfigError("kl and cross_entropy are both 0: there is no loss")
+
+    def farskip(self) -> FarskipConfig:
+        """The student's conversion."""
+        return FarskipConfig(connectivity=self.connectivity, layers=self.layers, inner=self.inner)
+
+    @classmethod
+    def from_dict(cls, options: Mapping) -> DistillConfig:
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))} of distillation; known: {', '.join(known)}")
+        return cls(**options)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistillConfig:
+        """From a YAML or JSON file: the options themselves, or a saved run (then its part "distill")."""
+        data = read(path)
+        return cls.from_dict(data["distill"] if isinstance(data.get("distill"), Mapping) else data)
+
+    def to_dict(self) -> dict:
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {**data, "layers": self.layers if isinstance(self.layers, str) else list(self.layers)}
+
+    def save(self, path: str | Path) -> None:
+        write(path, self.to_dict())
+
+
+def read(path: str | Path) -> dict:
+    """A YAML or JSON file that holds a mapping."""
+    import yaml     # comes with transformers
+    try:
+        data = yaml.safe_load(Path(path).read_text())       # JSON is YAML
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds {type(data).__name__}; a configuration is a mapping of options")
+    return data
+
+
+def write(path: str | Path, data: dict) -> None:
+    import yaml
+    text = json.dumps(data, indent=1) if str(path).endswith(".json") else yaml.safe_dump(data, sort_keys=False)
+    Path(path).write_text(text)
