@@ -16,7 +16,7 @@ from rich.console import Console
 from .bench.launch import RankFailed
 from .bench.link import KINDS, LinkRefused
 from .bench.run import run, wrong
-from .bench.spec import MODES, VARIANTS, Shape, Spec, SpecError
+from .bench.spec import BOTH, MODES, VARIANTS, Shape, Spec, SpecError
 
 BENCH_TEXT = """\
 Time a Mixture-of-Experts model on two ranks over an emulated slow link.
@@ -25,6 +25,12 @@ Two processes, one core each, stand in two network namespaces joined by a shaped
 sizes below and its experts are split over both. Every variant is compiled in one process, checked against an eager
 reference, and timed in turn with the others, on the fast link (not shaped) and on the slow one. The slow link's rate is
 found by measuring: it is the one at which the model's exchanges alone take --comm-ratio of its compute alone.
+
+modes:
+  forward           no gradients
+  train             forward + backward; gradients are not averaged
+  step              forward + backward with the means of gradients in its graph (they count among the exchanges), clipping,
+                    AdamW; the same in every variant. --dp N has N replicas of the two ranks.
 
 variants:
   stock             standard connectivity, stock Inductor (always measured)
@@ -37,9 +43,12 @@ examples:
   farskip bench --quick                               a small model, forward only: does it work here?
   farskip bench --mode train --layers 3 --tokens 1024
   farskip bench --comm-ratio 0.25 0.5 1.0 --json build/curve.json
+  farskip bench --mode step --layers 3 --tokens 1024 --comm-ratio 1.0            a whole training step
+  farskip bench --mode step --dp 2 --layers 3 --tokens 1024 --comm-ratio 1.0     the same, dp 2 x ep 2: four ranks
 
-The link needs root, or a user namespace (`unshare -Urn true` tells whether they are allowed here). Without either both
-ranks use loopback; that is said, and slow then equals fast. Nothing else should run on the two cores."""
+The link needs root, or a user namespace (`unshare -Urn true` tells whether they are allowed here). Without either all
+ranks use loopback; that is said, and slow then equals fast. Nothing else should run on the cores. With more ranks than
+cores only ratios mean something: ranks that share a core slow each other down."""
 
 DEMO_TEXT = """\
 The main job: HF Qwen3-MoE (hidden 512, 4 layers, 8 experts, top-2, 2048 tokens a rank) over two ranks: what is rewired,
@@ -50,7 +59,7 @@ SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
     "tokens": "tokens a rank, one sequence",
-    "experts": "routed experts, split over both ranks",
+    "experts": "routed experts, split over two ranks",
     "top_k": "experts a token",
     "moe_intermediate": "width of an expert",
 }
@@ -84,7 +93,10 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
     model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
     what = bench.add_argument_group("what is measured")
     what.add_argument("--mode", choices=(*MODES, "both"), default="forward",
-                      help="train is forward + backward (forward)")
+                      help="see above; both is forward and train (forward)")
+    what.add_argument("--dp", type=int, default=1, metavar="N", help="replicas, mode step only: 2 N ranks (1)")
+    what.add_argument("--bucket-mb", type=float, default=Spec.bucket_mb, metavar="MB",
+                      help=f"mode step: MiB of gradients that travel together ({Spec.bucket_mb:g})")
     what.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
                       help="some of the above (all)")
     what.add_argument("--comm-ratio", nargs="+", type=float, default=[0.5], metavar="R",
@@ -105,9 +117,9 @@ def run_bench(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     shape = replace(Shape(), **({**QUICK_BENCH, **given} if args.quick else given))
     rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
-    spec = Spec(forward=shape, train=shape, modes=MODES if args.mode == "both" else (args.mode,),
+    spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
                 variants=in_order(args.variants), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
-                seed=args.seed)
+                seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb)
     return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
                       verbose=args.verbose))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,12 +42,12 @@ def test_a_word_crosses_the_link(link):
     listen = ("import socket, sys; s = socket.create_server((sys.argv[1], 7000)); print('up', flush=True); "
               "s.accept()[0].sendall(b'hello')")
     call = "import socket, sys; print(socket.create_connection((sys.argv[1], 7000), 10).recv(9).decode())"
-    server = subprocess.Popen(link.enter(1) + [sys.executable, "-c", listen, links.ADDRESSES[1]],
+    server = subprocess.Popen(link.enter(1) + [sys.executable, "-c", listen, links.address_of(1)],
                               stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline() == "up\n"
-        assert inside(link, 0, sys.executable, "-c", call, links.ADDRESSES[1]) == "hello\n"
-        assert link.device(0) in inside(link, 0, "ip", "route", "get", links.ADDRESSES[1])
+        assert inside(link, 0, sys.executable, "-c", call, links.address_of(1)) == "hello\n"
+        assert link.device(0) in inside(link, 0, "ip", "route", "get", links.address_of(1))
     finally:
         server.kill()
         server.wait()
@@ -68,6 +69,33 @@ def test_two_links_at_once_do_not_meet(link):
     with open_link((link.kind,)) as other:
         link.set_rate(10_000_000)
         assert "tbf" not in inside(other, 0, "tc", "qdisc", "show", "dev", other.device(0))
+
+
+@pytest.mark.parametrize("kind", ["netns", "userns"])
+def test_more_ranks_stand_around_a_bridge(kind):
+    """Each has a namespace of its own, reaches every other, and is shaped both ways."""
+    listen = ("import socket, sys; s = socket.create_server((sys.argv[1], 7000)); print('up', flush=True); "
+              "[s.accept()[0].sendall(b'hello') for _ in range(2)]")
+    call = "import socket, sys; print(socket.create_connection((sys.argv[1], 7000), 10).recv(9).decode())"
+    try:
+        with open_link((kind,), ranks=3) as link:
+            server = subprocess.Popen(link.enter(2) + [sys.executable, "-c", listen, links.address_of(2)],
+                                      stdout=subprocess.PIPE, text=True)
+            try:
+                assert server.stdout.readline() == "up\n"
+                for rank in (0, 1):
+                    assert inside(link, rank, sys.executable, "-c", call, links.address_of(2)) == "hello\n"
+            finally:
+                server.kill()
+                server.wait()
+                server.stdout.close()
+            link.set_rate(50_000_000)
+            sends = [inside(link, rank, "tc", "qdisc", "show", "dev", link.device(rank)) for rank in range(3)]
+            receives = [inside(link, 3, "tc", "qdisc", "show", "dev", links.port_of(rank)) for rank in range(3)]
+            assert all("tbf" in shown and "50Mbit" in shown for shown in sends + receives)
+            assert "3 ranks" in link.describe()
+    except LinkRefused as refused:
+        pytest.skip(f"{kind} not permitted here: {refused}")
 
 
 def test_nothing_is_left_after_the_block():
@@ -114,7 +142,7 @@ def gone(pids, within_s=10.0):
 def test_falls_back_in_order_and_says_why(monkeypatch):
     made = []
 
-    def make(kind, stack):
+    def make(kind, stack, ranks):
         made.append(kind)
         if kind != "loopback":
             raise LinkRefused(f"no {kind} today")
@@ -236,36 +264,34 @@ def test_one_correction_is_exact_where_the_model_holds_and_bounded_elsewhere():
 
 
 class Sent:
-    def __init__(self, sent, small=False):
-        self.sent, self.small = sent, small
-
-    def leaving(self, rank, world):
-        return self.sent
+    def __init__(self, leaving, small=False):
+        self.leaving, self.small = leaving, small
 
 
 def test_link_rates_take_the_latency_off():
     exchanges = [Sent(64, small=True), Sent(1e6), Sent(2e6)]
-    found = link_rates(exchanges, [0.001, 0.101, 0.201], 0, 2)
+    found = link_rates(exchanges, [0.001, 0.101, 0.201])
     assert found == {"link_bytes": pytest.approx(1e7), "link_latency": 0.001}
     with pytest.raises(SpecError, match="too small"):
-        link_rates(exchanges[:1], [0.001], 0, 2)
+        link_rates(exchanges[:1], [0.001])
 
 
 def test_bytes_that_leave_a_rank():
     torch = pytest.importorskip("torch")
     from farskip_fx.bench.exchanges import Exchange, Stub
 
-    def exchange(name, *rest):
+    def leaving(name, *rest, rank=0, size=2):
         op = getattr(torch.ops._c10d_functional, name).default
-        return Exchange(op, (Stub((8, 4), torch.float32), *rest, "group"))
+        return Exchange(op, (Stub((8, 4), torch.float32), *rest, "group"), rank, size).leaving
 
-    assert exchange("all_to_all_single", [8], [6, 2]).leaving(0, 2) == 32
-    assert exchange("all_to_all_single", [8], [6, 2]).leaving(1, 2) == 96
-    assert exchange("all_to_all_single", [], []).leaving(0, 2) == 64
-    assert exchange("all_to_all_single", [0, 0], [0, 0]).leaving(0, 2) == 0
-    assert exchange("all_gather_into_tensor", 2).leaving(0, 2) == 128
-    assert exchange("reduce_scatter_tensor", "sum", 2).leaving(0, 2) == 64
-    assert exchange("all_reduce", "sum").leaving(0, 2) == 128
+    assert leaving("all_to_all_single", [8], [6, 2]) == 32
+    assert leaving("all_to_all_single", [8], [6, 2], rank=1) == 96
+    assert leaving("all_to_all_single", [], []) == 64
+    assert leaving("all_to_all_single", [0, 0], [0, 0]) == 0
+    assert leaving("all_gather_into_tensor", 2) == 128
+    assert leaving("reduce_scatter_tensor", "sum", 2) == 64
+    assert leaving("all_reduce", "sum") == 128
+    assert leaving("all_reduce", "sum", rank=3, size=4) == 192
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -277,6 +303,16 @@ def test_bound_is_the_longer_of_compute_and_chain():
     assert long_chain.bound == 10.5
     assert bound([long_compute, long_chain]) == 21.5    # forward and backward do not overlap
     assert limit(10.0, 4.0) == 10.0
+
+
+def test_bound_with_means_of_gradients():
+    """The last mean stands behind everything, the others only fill the link."""
+    backward = Phase(compute=10.0, exchanges=(1.0, 1.0), serial=2.0, alone=0.5, tail=0.5, means=(1.0, 1.0, 1.5), last=1.5)
+    assert backward.bound == 10.5                                       # compute
+    assert replace(backward, compute=3.0).bound == 6.0                  # chain: exchanges, experts, head, the last mean
+    assert replace(backward, compute=3.0, means=(3.0, 3.0, 1.5)).bound == 9.5       # link: exchanges and all means
+    update = Phase(compute=2.0, exchanges=(), serial=0.0, alone=0.0, tail=0.0)
+    assert bound([backward, update]) == 12.5                            # clipping waits for every mean
 
 
 def test_the_design_documents_shape():
@@ -300,6 +336,8 @@ def test_exchanges_are_named_by_their_place():
     assert exchange_names([64, big, big, 64, big, big], backward=False) == [
         "counts 0", "dispatch 0", "combine 0", "counts 1", "dispatch 1", "combine 1"]
     assert exchange_names([big] * 4, backward=True) == ["combine' 1", "dispatch' 1", "combine' 0", "dispatch' 0"]
+    assert exchange_names([big] * 4, backward=True, means=[False, True, False, True]) == [
+        "combine' 0", "mean 0", "dispatch' 0", "mean 1"]
 
 
 def test_spread_and_rounds():
@@ -313,7 +351,7 @@ def test_spread_and_rounds():
 
 # --- spec, command line ---------------------------------------------------------------------------
 def test_spec_round_trip(tmp_path):
-    spec = Spec(forward=Shape(layers=2), modes=("train",), ratios=(0.25, 0.5), seed=3)
+    spec = Spec(forward=Shape(layers=2), modes=("step",), ratios=(0.25, 0.5), seed=3, dp=2)
     spec.write(tmp_path / "spec.json")
     assert Spec.read(tmp_path / "spec.json") == spec
     assert spec.main_ratio == 0.5 and Spec(ratios=(0.25, 1.0)).main_ratio == 0.25
@@ -327,6 +365,9 @@ def test_spec_round_trip(tmp_path):
     (Spec(variants=("stock", "fast")), "unknown variant fast"),
     (Spec(ratios=(0.5, 0.0)), "above 0"),
     (Spec(rounds=0), "--rounds"),
+    (Spec(dp=0), "--dp must be at least 1"),
+    (Spec(dp=2, modes=("train",)), "--dp needs --mode step"),
+    (Spec(bucket_mb=0.0), "--bucket-mb"),
 ])
 def test_a_spec_that_cannot_be_measured_is_refused(spec, message):
     with pytest.raises(SpecError, match=message):
@@ -340,7 +381,7 @@ def test_command_line(capsys):
         main(["bench", "--help"])
     assert left.value.code == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("--comm-ratio", "--mode", "inductor_overlap", "examples:", "(512)"))
+    assert all(word in said for word in ("--comm-ratio", "--mode", "--dp", "inductor_overlap", "examples:", "(512)"))
     assert main(["bench", "--experts", "7", "--no-netns"]) == 2
     assert "cannot be split" in capsys.readouterr().err
     assert in_order(["farskip"]) == ("stock", "farskip")
@@ -350,25 +391,63 @@ def test_command_line(capsys):
 TINY = Shape(layers=2, hidden=64, tokens=64, experts=4, moe_intermediate=32, heads=2, kv_heads=1, head_dim=32, vocab=64)
 
 
-@pytest.mark.parametrize("mode, ratios", [("forward", (0.5, 1.0)), ("train", (0.5,))])
-def test_end_to_end_without_inductor(mode, ratios, tmp_path):
+def test_end_to_end_without_inductor(tmp_path):
     """Every step of a run and the schema of its JSON; ``aot_eager`` takes seconds where Inductor takes minutes."""
     from rich.console import Console
 
     from farskip_fx.bench.run import run, wrong
 
-    path = tmp_path / "out" / "bench.json"
-    spec = Spec(forward=TINY, train=TINY, modes=(mode,), variants=("stock", "rewired_stock", "farskip"),
-                ratios=ratios, inner="aot_eager", rounds=2, silence_s=240.0)
+    path, ratios = tmp_path / "out" / "bench.json", (0.5, 1.0)
+    spec = Spec(forward=TINY, train=TINY, modes=("forward", "train"), variants=("stock", "rewired_stock", "farskip"),
+                ratios=ratios, inner="aot_eager", rounds=2, silence_s=480.0)
     with open(os.devnull, "w") as nowhere:
         result = run(spec, Console(file=nowhere), json_path=path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert not wrong(result)
-    check_schema(result, mode, ["stock", "rewired_stock", "farskip"])
-    assert [point["ratio"] for point in result[mode]["curve"]] == list(ratios)
-    # Counts, dispatch and combine of each layer; backward has no counts.
-    assert len(result[mode]["exchanges"]) == 3 * TINY.layers + (2 * TINY.layers if mode == "train" else 0)
+    for mode in spec.modes:
+        check_schema(result, mode, ["stock", "rewired_stock", "farskip"])
+        assert [point["ratio"] for point in result[mode]["curve"]] == list(ratios)
+        # Counts, dispatch and combine of each layer; backward has no counts.
+        assert len(result[mode]["exchanges"]) == 3 * TINY.layers + (2 * TINY.layers if mode == "train" else 0)
+        assert result[mode]["traffic"]["means_bytes"] == []
     assert [layer["rewired"] for layer in result["layers"]] == [True] * TINY.layers
+
+
+def test_a_whole_step_with_replicas(tmp_path):
+    """dp 2 x ep 2: gradients of the whole batch's reference, the means among the exchanges, a third phase."""
+    from rich.console import Console
+
+    from farskip_fx.bench.run import run, wrong
+
+    shape = replace(TINY, layers=1)
+    spec = Spec(train=shape, modes=("step",), variants=("stock", "farskip"), ratios=(1.0,), inner="aot_eager", rounds=2,
+                silence_s=480.0, dp=2, bucket_mb=0.02)
+    screen = Console(record=True, file=open(os.devnull, "w"), width=200)
+    result = run(spec, screen)
+    assert not wrong(result)
+    check_schema(result, "step", ["stock", "farskip"])
+    figures = result["step"]
+    for variant in figures["variants"]:
+        assert variant["norm_diff"] < 1e-4
+        assert len(variant["fast_phases_ms"]) == len(variant["slow_phases_ms"]) == len(figures["bound_parts"]) == 3
+    kinds = [one["kind"] for one in figures["exchanges"]]
+    means = len(figures["traffic"]["means_bytes"])
+    assert means > 3 and kinds.count("all_to_all_single") == 5
+    assert kinds.count("all_reduce") == means + 1               # and the norm's
+    # Ring: 2 (n - 1) / n of every gradient. Dense ones travel among four ranks, shards of experts among two.
+    dense, experts = parameters_of(shape)
+    assert sum(figures["traffic"]["means_bytes"]) == 4 * (2 * 3 / 4 * dense + 2 * 1 / 2 * experts / 2)
+    assert (figures["dp"], figures["ep"]) == (2, 2)
+    assert ("Only ratios mean something" in screen.export_text()) == result["machine"]["cores_shared"]
+
+
+def parameters_of(shape):
+    """Numbers of them: dense, experts."""
+    from farskip_fx.bench.model import build
+
+    sizes = {name: parameter.numel() for name, parameter in build(shape, 0).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return sum(sizes.values()) - experts, experts
 
 
 def check_schema(result, mode, names):
@@ -377,7 +456,7 @@ def check_schema(result, mode, names):
     for variant in figures["variants"]:
         assert variant["fast_ms"] >= variant["fast_min_ms"] > 0 and variant["slow_ms"] >= variant["slow_min_ms"] > 0
         assert variant["max_diff"] < 1e-4
-        if mode == "train":
+        if mode != "forward":
             assert variant["loss_diff"] < 1e-4 and variant["grad_diff"] < 1e-3
     assert figures["limit_ms"] > 0 and figures["bound_ms"] > 0 and "hidden" in figures
     assert set(result["layers"][0]) >= {"index", "attention_reads", "mlp_reads", "rewired", "reason"}

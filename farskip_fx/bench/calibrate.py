@@ -64,10 +64,10 @@ def _within(rate: float) -> int:
     return int(min(FASTEST_RATE, max(SLOWEST_RATE, rate)))
 
 
-def link_rates(exchanges: list[Exchange], seconds: list[float], rank: int, world: int) -> dict[str, float]:
+def link_rates(exchanges: list[Exchange], seconds: list[float]) -> dict[str, float]:
     """Latency from the small exchanges, bytes a second from the large ones with the latency taken off."""
     latency = min((took for exchange, took in zip(exchanges, seconds) if exchange.small), default=0.0)
-    large = [(exchange.leaving(rank, world), took) for exchange, took in zip(exchanges, seconds) if not exchange.small]
+    large = [(exchange.leaving, took) for exchange, took in zip(exchanges, seconds) if not exchange.small]
     if not large:
         raise SpecError("the model's exchanges are too small to measure a link with; take more --tokens or --hidden")
     # A small exchange may wait for the other rank longer than a large one takes; latency is then not to be trusted.
@@ -75,8 +75,8 @@ def link_rates(exchanges: list[Exchange], seconds: list[float], rank: int, world
     return {"link_bytes": carried / took, "link_latency": latency}
 
 
-def compute_rates(shape: Shape) -> dict[str, float]:
-    """This core's speed at the model's own sizes. A second or two."""
+def compute_rates(shape: Shape, sharing: int) -> dict[str, float]:
+    """A rank's speed at the model's own sizes: that of its core over the ranks that share it. A second or two."""
     width = shape.heads * shape.head_dim
     x, weight = torch.randn(shape.tokens, shape.hidden), torch.randn(width, shape.hidden)
     # A step's values do not come from the cache: go round over enough of them.
@@ -84,9 +84,9 @@ def compute_rates(shape: Shape) -> dict[str, float]:
     query = torch.randn(1, shape.heads, shape.tokens, shape.head_dim)
     mask = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool).tril()[None, None]  # as transformers hands it over
     with torch.no_grad():
-        matmul = best(lambda: F.linear(x, weight))
-        attention = best(lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask))
-        memory = best(lambda: torch.mul(next(streams), 2.0))
+        matmul = sharing * best(lambda: F.linear(x, weight))
+        attention = sharing * best(lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask))
+        memory = sharing * best(lambda: torch.mul(next(streams), 2.0))
     return {
         "matmul_flops": 2 * shape.tokens * shape.hidden * width / matmul,
         # Of the whole square: with a mask that is data the kernel skips nothing, and the cost model counts it all.
@@ -96,12 +96,13 @@ def compute_rates(shape: Shape) -> dict[str, float]:
 
 
 def best(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
-    """The smallest time of several runs, after one that warms up."""
+    """The smallest time of several runs, after one that warms up. Time of this process: one that shares the core and runs
+    between adds nothing."""
     run()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)

@@ -1,10 +1,11 @@
 """The model's own exchanges, recorded once and repeated alone.
 
-``record`` runs eager code and notes every functional collective with its sizes and splits; ``replay`` repeats them with
-nothing between, which is what "comm-only" means.
+A ``Recorder`` notes every functional collective with its sizes and splits; ``replay`` repeats them with nothing between,
+which is what "comm-only" means.
 
-Never record compiled code: Dynamo skips a frame that it meets under a dispatch mode, and skips it from then on, so
-every later compile of the same model would silently run eagerly (measured, torch 2.13).
+The recorder stands inside what a backend returns, never around compiled code: Dynamo skips a frame that it meets under a
+dispatch mode, and skips it from then on, so every later compile of the same model would silently run eagerly (measured,
+torch 2.13).
 """
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..passes._torch import process_group
 
 SMALL_BYTES = 4096                         # below it an exchange is latency, above it bandwidth
 
@@ -39,6 +42,8 @@ class Stub:
 class Exchange:
     op: Any
     args: tuple
+    rank: int                               # of this rank in the exchange's group, and the group's size
+    size: int
 
     @property
     def kind(self) -> str:
@@ -48,9 +53,14 @@ class Exchange:
     def payload(self) -> Stub:
         return next(arg for arg in self.args if isinstance(arg, Stub))
 
-    def leaving(self, rank: int, world: int) -> float:
+    @property
+    def group(self) -> str:
+        return self.args[-1]
+
+    @property
+    def leaving(self) -> float:
         """Bytes that this rank puts on the link."""
-        whole = self.payload.bytes
+        whole, rank, world = self.payload.bytes, self.rank, self.size
         if self.kind == "all_to_all_single":
             splits = self.args[2]
             rows = sum(splits)
@@ -74,15 +84,34 @@ class Exchange:
         torch.ops._c10d_functional.wait_tensor(self.op(*args))
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """Notes exchanges wherever it is entered (``with recorder:``)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Exchange] = []
 
+    def inside(self, backend: Callable[..., Callable]) -> Callable[..., Callable]:
+        """``backend``, whose forward is recorded; the backward runs outside of Dynamo and is recorded by ``with``."""
+        def recorded_backend(gm: Any, example_inputs: list, **options: Any) -> Callable:
+            compiled = backend(gm, example_inputs, **options)
+
+            def run(*args: Any) -> Any:
+                with self:
+                    return compiled(*args)
+            return run
+        return recorded_backend
+
+    def take(self) -> list[Exchange]:
+        """What was recorded since the last time."""
+        seen, self.seen = self.seen, []
+        return seen
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func._schema.name
         if name.startswith("_c10d_functional::") and not name.endswith("wait_tensor"):
-            self.seen.append(Exchange(func, tuple(_stub(arg) for arg in args)))
+            group = process_group(args[-1])
+            self.seen.append(Exchange(func, tuple(_stub(arg) for arg in args), group.rank(), group.size()))
         return func(*args, **(kwargs or {}))
 
 
@@ -90,17 +119,6 @@ def _stub(arg: Any) -> Any:
     if isinstance(arg, Tensor):
         return Stub(tuple(arg.shape), arg.dtype)
     return list(arg) if isinstance(arg, (list, tuple)) else arg
-
-
-def record(*phases: Callable[[], Any]) -> list[list[Exchange]]:
-    """The exchanges of each phase (forward; then backward, say), in the order in which they ran."""
-    found = []
-    with _Recorder() as recorder:
-        for phase in phases:
-            phase()
-            found.append(list(recorder.seen))
-            recorder.seen.clear()
-    return found
 
 
 def replay(exchanges: list[Exchange]) -> list[float]:

@@ -14,8 +14,25 @@ The bound of the connectivity (farskip and ladder; DESIGN.md 6.12)
     weight gradients need not be ready when the exchange leaves.
 
     Compute is the whole graph on the fast link, so it holds what an exchange costs the core. Routed experts, routers
-    and the head are measured by themselves, at their best. Where a choice was open the smaller value was taken: no
+    routers and the head are measured by themselves, at their best. Where a choice was open the smaller value was taken: no
     schedule of this connectivity should come out below the bound, apart from noise.
+
+With means of gradients (mode step)
+    The all-reduces of the buckets belong to the backward, and share the link with the exchanges of the experts. A third
+    thing takes its time then, and the other two change:
+
+        link      the exchanges and all means, one after the other
+        compute   ``alone`` is the mean that leaves last. With dp 1 the experts' weight gradients (as many operations as
+                  their forward) need no mean and can run beside it; with more replicas every gradient needs one, so
+                  nothing can. Which bucket leaves last is open: the smallest mean was taken.
+        chain     ends with the mean of the embedding's bucket, because the embedding's gradient is the last of all
+
+    Every mean but the last can hide: a bucket is full long before the backward ends, and nothing waits for it. A bucket
+    that holds the embedding and the first layers is the last one of any order that follows the backward; it counts among
+    the ends (``beyond_reach``), beside the last forward and the first backward exchange.
+
+    Clipping needs the whole norm and so every mean, and the optimizer needs the norm: this third phase overlaps nothing.
+    Its bound is its time on the fast link; the norm's all-reduce is a few bytes.
 """
 from __future__ import annotations
 
@@ -32,10 +49,13 @@ class Phase:
     serial: float                           # routed experts and routers: between exchanges of the chain
     alone: float                            # exchanges that nothing may run beside
     tail: float                             # compute that needs the last exchange (backward: that the first one needs)
+    means: tuple[float, ...] = ()           # each mean of gradients alone on the slow link
+    last: float = 0.0                       # the one of the embedding's bucket
 
     @property
     def bound(self) -> float:
-        return max(self.compute + self.alone, sum(self.exchanges) + self.serial + self.tail)
+        chain = sum(self.exchanges) + self.serial + self.tail + self.last
+        return max(self.compute + self.alone, chain, sum(self.exchanges) + sum(self.means))
 
 
 def bound(phases: list[Phase]) -> float:
@@ -50,8 +70,9 @@ def limit(compute: float, comm: float) -> float:
 def hidden(stock_fast: float, stock_slow: float, ours_slow: float, beyond_reach: float = 0.0) -> float | None:
     """The part of what the slow link costs stock that ours does not pay.
 
-    ``beyond_reach`` is taken off first: the exchanges at the ends, which no order hides. None when the slow link costs
-    stock nothing, as on loopback: then there is nothing to hide, and a ratio of noise would say nothing.
+    ``beyond_reach`` is taken off first: the exchanges at the ends and the last mean, which no order hides; or all that the
+    bound of the connectivity has above ``stock_fast``. None when the slow link costs stock nothing, as on loopback: then
+    there is nothing to hide, and a ratio of noise would say nothing.
     """
     cost = stock_slow - stock_fast - beyond_reach
     if cost <= 0.05 * stock_fast:

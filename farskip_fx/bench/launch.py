@@ -1,8 +1,8 @@
-"""Two ranks, one core each, and the conversation with them.
+"""The ranks, each pinned to a core, and the conversation with them.
 
 Contract
     ``run_ranks(link, module, spec_path, hear)`` starts ``python -m module`` once for each rank on its side of the link
-    and calls ``hear(rank, event)`` for everything that a rank tells. It returns when both have ended well. A rank that
+    and calls ``hear(rank, event)`` for everything that a rank tells. It returns when all have ended well. A rank that
     fails ends the run with that rank's traceback; one that hangs ends it after ``silence_s``. Either way no child is
     left.
 
@@ -13,6 +13,7 @@ Terms
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from .link import Link
-from .spec import WORLD
 
 POLL_S = 5.0                                # how often `idle` is called while the ranks say nothing
 GRACE_S = 2.0                               # what a rank gets to end after another one failed
@@ -39,7 +39,7 @@ class RankFailed(RuntimeError):
 def run_ranks(link: Link, module: str, spec_path: Path, hear: Callable[[int, dict], None], *, silence_s: float,
               idle: Callable[[], None] = lambda: None, verbose: bool = False) -> None:
     with tempfile.TemporaryDirectory(prefix="farskip-") as folder, _terminable():
-        ranks = [_Rank(rank, link, module, spec_path, Path(folder), verbose and rank == 0) for rank in range(WORLD)]
+        ranks = [_Rank(rank, link, module, spec_path, Path(folder), verbose and rank == 0) for rank in range(link.ranks)]
         try:
             _listen(ranks, link, hear, idle, silence_s)
         finally:
@@ -59,12 +59,12 @@ class _Rank:
         self.log = self.log_path.open("wb")
         environment = {
             **os.environ,
-            "RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank),
+            "RANK": str(rank), "WORLD_SIZE": str(link.ranks), "LOCAL_RANK": str(rank),
             "GLOO_SOCKET_IFNAME": link.device(rank),
             "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-            # Ranks meet in a file: both namespaces see it, and no port can be taken.
+            # Ranks meet in a file: all namespaces see it, and no port can be taken.
             "FARSKIP_BENCH_MEET": str(folder / "meet"), "FARSKIP_BENCH_EVENTS": str(write_end),
-            "FARSKIP_BENCH_CORE": str(core_of(rank)),
+            "FARSKIP_BENCH_CORE": str(core_of(rank)), "FARSKIP_BENCH_SHARING": str(sharing(link.ranks)),
         }
         # What libraries print goes into a file, shown when the rank fails; verbose, to our standard error instead.
         output = sys.stderr.fileno() if verbose and _has_descriptor(sys.stderr) else self.log
@@ -159,9 +159,15 @@ def _is_symptom(event: dict) -> bool:
 
 
 def core_of(rank: int) -> int:
-    """The core that a rank runs on; ranks share one when there are too few."""
+    """The core that a rank runs on. Where there are too few they are dealt out in turn, so that the ranks that share
+    experts (neighbours) are on different cores and wait for each other no longer than they must."""
     cores = sorted(os.sched_getaffinity(0))
     return cores[rank % len(cores)]
+
+
+def sharing(ranks: int) -> int:
+    """The most ranks that any core has."""
+    return math.ceil(ranks / len(os.sched_getaffinity(0)))
 
 
 def _has_descriptor(stream: Any) -> bool:

@@ -1,4 +1,9 @@
-"""The slow link: two network namespaces joined by a veth pair, both ends shaped by ``tc tbf``.
+"""The slow link: a network namespace for each rank, and everything that a rank sends or receives shaped by ``tc tbf``.
+
+Two ranks are joined by a veth pair, shaped at both ends. More are joined by a bridge in a namespace of its own, with a veth
+pair for each rank: what the rank sends is shaped at its end, what it receives at the bridge's. So each rank has a network
+card of its own and as slow as every other's; exchanges of experts and means of gradients share it, as they do in a cluster
+with a card a GPU. No two ranks are nearer to each other than others.
 
 Contract
     ``with open_link() as link:`` gives a link that a process enters by prefixing its command with ``link.enter(rank)``.
@@ -11,7 +16,7 @@ Terms
             end, it reads end-of-file and goes, and the kernel removes the namespace, the veth pair and the shaping with
             it. There is nothing stale to reap.
     kind    "netns" (we may make network namespaces), "userns" (only inside a user namespace of our own), "loopback"
-            (neither: both ranks use 127.0.0.1, nothing is shaped, so slow equals fast).
+            (neither: all ranks use 127.0.0.1, nothing is shaped, so slow equals fast).
 """
 from __future__ import annotations
 
@@ -25,8 +30,7 @@ from typing import Iterator
 
 KINDS = ("netns", "userns", "loopback")
 TOOLS = ("unshare", "nsenter", "ip", "tc")
-DEVICES = ("far0", "far1")                  # the names exist only inside the namespaces
-ADDRESSES = ("10.213.7.1", "10.213.7.2")
+BRIDGE = "bridge"
 BURST_BYTES = 256 * 1024                    # a smaller bucket halves what TCP reaches (measured)
 QUEUE_MS = 100
 PROBE_RATE = 1_000_000_000                  # any rate: only to learn whether shaping is permitted at all
@@ -40,7 +44,8 @@ class LinkRefused(RuntimeError):
 class Link:
     kind: str
     refused: dict[str, str] = field(default_factory=dict)   # kinds tried before this one, and why each was refused
-    anchors: tuple[int, ...] = ()                           # process ids, one for each rank; empty on loopback
+    ranks: int = 2
+    anchors: tuple[int, ...] = ()                           # process ids: of each rank, then the bridge; empty on loopback
     rate: int | None = None                                 # bits a second; None: not shaped
 
     @property
@@ -54,24 +59,32 @@ class Link:
         return _enter(self.kind, self.anchors[rank])
 
     def device(self, rank: int) -> str:
-        return DEVICES[rank] if self.emulated else "lo"
+        return device_of(rank) if self.emulated else "lo"
 
     def set_rate(self, rate: int | None) -> None:
-        """Shape both directions to ``rate`` bits a second; ``None`` takes the shaping away."""
+        """Shape all ranks to ``rate`` bits a second each way; ``None`` takes the shaping away."""
         if not self.emulated or rate == self.rate:
             return
-        for rank, device in enumerate(DEVICES):
+        for place, device in self._shaped():
             if rate is None:
                 shape = ["tc", "qdisc", "del", "dev", device, "root"]
             else:
                 shape = ["tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{int(rate)}bit",
                          "burst", str(BURST_BYTES), "latency", f"{QUEUE_MS}ms"]
-            _call(self.enter(rank) + shape)
+            _call(self.enter(place) + shape)
         self.rate = rate
 
+    def _shaped(self) -> list[tuple[int, str]]:
+        """(whose namespace, device)"""
+        ends = [(rank, device_of(rank)) for rank in range(self.ranks)]
+        return ends if self.ranks == 2 else ends + [(self.ranks, port_of(rank)) for rank in range(self.ranks)]
+
     def describe(self) -> str:
-        if self.emulated:
+        if self.emulated and self.ranks == 2:
             return f"{self.kind}: two network namespaces, one veth pair, tbf on both ends"
+        if self.emulated:
+            return (f"{self.kind}: a network namespace for each of {self.ranks} ranks, veth pairs to a bridge, tbf on what "
+                    "each rank sends and on what it receives")
         why = "; ".join(f"{kind}: {reason}" for kind, reason in self.refused.items()) or "asked for"
         return f"loopback: no slow link is emulated, so the slow figures equal the fast ones ({why})"
 
@@ -80,15 +93,27 @@ class Link:
                 "burst_bytes": BURST_BYTES, "queue_ms": QUEUE_MS}
 
 
+def device_of(rank: int) -> str:
+    return f"far{rank}"                     # the names exist only inside the namespaces
+
+
+def port_of(rank: int) -> str:
+    return f"near{rank}"                    # the bridge's end
+
+
+def address_of(rank: int) -> str:
+    return f"10.213.7.{rank + 1}"
+
+
 @contextmanager
-def open_link(kinds: tuple[str, ...] = KINDS) -> Iterator[Link]:
+def open_link(kinds: tuple[str, ...] = KINDS, ranks: int = 2) -> Iterator[Link]:
     """The first of ``kinds`` that this machine permits. Raises LinkRefused when none is."""
     refused: dict[str, str] = {}
     with ExitStack() as stack:
         for kind in kinds:
             attempt = ExitStack()
             try:
-                link = _make(kind, attempt)
+                link = _make(kind, attempt, ranks)
             except LinkRefused as error:
                 attempt.close()
                 refused[kind] = str(error)
@@ -100,9 +125,9 @@ def open_link(kinds: tuple[str, ...] = KINDS) -> Iterator[Link]:
     raise LinkRefused("no link of the kinds asked for: " + "; ".join(f"{k}: {why}" for k, why in refused.items()))
 
 
-def _make(kind: str, stack: ExitStack) -> Link:
+def _make(kind: str, stack: ExitStack, ranks: int) -> Link:
     if kind == "loopback":
-        return Link(kind)
+        return Link(kind, ranks=ranks)
     if kind not in KINDS:
         raise ValueError(f"unknown link kind {kind!r}; known: {', '.join(KINDS)}")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -110,24 +135,37 @@ def _make(kind: str, stack: ExitStack) -> Link:
         raise LinkRefused(f"{', '.join(missing)} not installed (Debian: apt install iproute2 util-linux)")
 
     first = ["unshare", "--net"] if kind == "netns" else ["unshare", "--user", "--map-root-user", "--net"]
-    left = _anchor(first, stack)
-    # The second namespace is made from inside the first one's user namespace, which then owns both ends.
-    inside = [] if kind == "netns" else _enter(kind, left, net=False)
-    right = _anchor(inside + ["unshare", "--net"], stack)
+    anchors = [_anchor(first, stack)]
+    # The other namespaces are made from inside the first one's user namespace, which then owns both ends of every pair.
+    inside = [] if kind == "netns" else _enter(kind, anchors[0], net=False)
+    while len(anchors) < ranks + (ranks > 2):
+        anchors.append(_anchor(inside + ["unshare", "--net"], stack))
 
-    link = Link(kind, anchors=(left, right))
-    _call(link.enter(0) + ["ip", "link", "add", DEVICES[0], "type", "veth",
-                           "peer", "name", DEVICES[1], "netns", str(right)])
-    for rank in (0, 1):
+    link = Link(kind, ranks=ranks, anchors=tuple(anchors))
+    if ranks == 2:
+        _join(link, device_of(0), anchors[1], device_of(1))
+    else:
+        _call(link.enter(ranks) + ["ip", "link", "add", BRIDGE, "type", "bridge"])
+        _call(link.enter(ranks) + ["ip", "link", "set", BRIDGE, "up"])
+        for rank in range(ranks):
+            _join(link, port_of(rank), anchors[rank], device_of(rank))
+            _call(link.enter(ranks) + ["ip", "link", "set", port_of(rank), "master", BRIDGE, "up"])
+    for rank in range(ranks):
         enter = link.enter(rank)
-        _call(enter + ["ip", "addr", "add", f"{ADDRESSES[rank]}/24", "dev", DEVICES[rank]])
-        _call(enter + ["ip", "link", "set", DEVICES[rank], "up"])
+        _call(enter + ["ip", "addr", "add", f"{address_of(rank)}/24", "dev", device_of(rank)])
+        _call(enter + ["ip", "link", "set", device_of(rank), "up"])
         _call(enter + ["ip", "link", "set", "lo", "up"])
         # TCP forgets what the link carries while a rank computes, and starts slowly again; a cluster's network does not.
         _call(enter + ["sh", "-c", "echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle"])
     link.set_rate(PROBE_RATE)
     link.set_rate(None)
     return link
+
+
+def _join(link: Link, near: str, anchor: int, far: str) -> None:
+    """A veth pair from the bridge's namespace (of two ranks: the first one's) to the anchor's."""
+    _call(link.enter(0 if link.ranks == 2 else link.ranks) +
+          ["ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", str(anchor)])
 
 
 def _enter(kind: str, anchor: int, net: bool = True) -> list[str]:

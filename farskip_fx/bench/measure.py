@@ -1,4 +1,10 @@
-"""One mode (forward, or train: forward and backward) on one rank, from building the model to the figures.
+"""One mode on one rank, from building the model to the figures.
+
+Modes
+    forward   no gradients
+    train     forward and backward; dense gradients stay those of this rank's tokens
+    step      forward, backward with the means of gradients in its graph, then clipping and AdamW. The learning rate is 0:
+              the work is the same, and every variant finds the same weights, so the same routing and exchanges.
 
 Steps
     1 build   the unsharded model; from it the reference results and the pieces of the bound; then the sharded model
@@ -18,14 +24,14 @@ import torch.distributed as dist
 
 from . import product
 from .calibrate import Calibrated, compute_rates, find_rate, link_rates
-from .exchanges import Exchange, record, replay, slowest
+from .exchanges import Exchange, Recorder, replay, slowest
 from .figures import Phase, Spread, bound, hidden, limit
-from .model import Reference, build, logits_of, reference_logits, relative_difference, tokens
+from .model import MAX_NORM, Reference, build, logits_of, relative_difference, tokens
 from .parent import Parent
 from .pieces import Pieces, rows_per_expert, time_pieces
-from .spec import WORLD, Spec
+from .spec import EP, Spec
 from .timing import Condition, Step, interleave
-from .variants import compile_for_report, compile_variant, connectivity_of, is_ours
+from .variants import compile_for_report, compile_variant, connectivity_of, is_ours, settings_of
 
 COMM = "comm_only"
 FAST = "fast"
@@ -35,7 +41,7 @@ class Measurement:
     def __init__(self, mode: str, spec: Spec, parent: Parent) -> None:
         self.mode, self.spec, self.parent = mode, spec, parent
         self.rank = parent.rank
-        self.train = mode == "train"
+        self.train, self.means_taken = mode != "forward", mode == "step"
         self.shape = spec.shape(mode)
         self.ids = tokens(self.shape, spec.seed, self.rank)
         self.ours = [name for name in spec.variants if is_ours(name)]
@@ -57,34 +63,67 @@ class Measurement:
         self.say(f"building the model ({self.shape.layers} layers, {self.shape.tokens} tokens a rank), the reference")
         whole = build(self.shape, self.spec.seed)
         wanted = {connectivity_of(name, self.spec) for name in self.spec.variants}
-        self.references = {name: Reference.of(whole, self.ids, name, self.train) for name in sorted(wanted)}
-        rows = torch.tensor(rows_per_expert(whole, self.ids))
-        dist.all_reduce(rows)
-        local = self.shape.experts // WORLD
-        mine = range(self.rank * local, (self.rank + 1) * local)
-        self.pieces: Pieces = time_pieces(whole, self.ids, rows.tolist(), mine)
-        self.compute_rates: dict[str, float] = from_rank_0(compute_rates(self.shape))
+        self.references = {name: Reference.of(whole, self.ids, name, self.mode) for name in sorted(wanted)}
+        own_rows = torch.tensor(rows_per_expert(whole, self.ids))
+        rows = [torch.empty_like(own_rows) for _ in range(self.spec.world)]
+        dist.all_gather(rows, own_rows)
+        first = self.rank - self.rank % EP                  # of the ranks that share the experts
+        local = self.shape.experts // EP
+        self.mine = range(self.rank % EP * local, (self.rank % EP + 1) * local)
+        sharing = self.parent.sharing
+        self.pieces: Pieces = time_pieces(whole, self.ids, sum(rows[first:first + EP]).tolist(), self.mine, sharing)
+        self.compute_rates: dict[str, float] = from_rank_0(compute_rates(self.shape, sharing))
         self.model = build(self.shape, self.spec.seed)
-        product.shard(self.model, self.spec.exchange)
+        self.parallel = product.shard(self.model, self.spec, means=self.means_taken)
+        if self.means_taken:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
+
+    def step_of(self, compiled: Any) -> Step:
+        return Step(lambda ids: logits_of(compiled, ids), self.model, self.ids, self.train,
+                    self.update if self.means_taken else None)
+
+    def update(self) -> None:
+        self.norm = product.clip(self.model, MAX_NORM)
+        self.optimizer.step()
 
     # 2 rewire
     def rewire(self) -> None:
-        if self.ours:
-            compiled = compile_for_report(self.model, self.spec)
-            step = Step(lambda ids: logits_of(compiled, ids), self.model, self.ids, self.train)
-            step()
-            self.parent.tell("layers", mode=self.mode, layers=product.layers(),
-                             **self.differences(step, self.spec.connectivity))
-        # The exchanges come from the reference's own loop over the sharded model: same tokens, same routing.
         connectivity = self.spec.connectivity if self.ours else "none"
-        step = Step(lambda ids: reference_logits(self.model, ids, connectivity), self.model, self.ids, self.train)
-        self.exchanges: list[list[Exchange]] = record(*step.phases())
+        recorder = Recorder()
+        step = self.step_of(compile_for_report(self.model, connectivity, recorder, self.parallel))
+        step()
+        if self.ours:
+            self.parent.tell("layers", mode=self.mode, layers=product.layers(), **self.differences(step, connectivity))
+        self.record(step, recorder)
         if not self.flat():
             raise RuntimeError("the sharded model ran without one functional collective; is expert_parallel in effect?")
         step.reset()
 
+    def record(self, step: Step, recorder: Recorder) -> None:
+        """The exchanges of each phase in the order in which they ran, the means of gradients apart."""
+        embedding, filled = self.model.get_input_embeddings().weight, []
+        hook = embedding.register_post_accumulate_grad_hook(lambda _: filled.append(len(recorder.seen)))
+        step.reset()
+        recorder.take()
+        found = []
+        for number, phase in enumerate(step.phases()):
+            if number == 0:
+                phase()                                     # its backend has the recorder inside
+            else:
+                with recorder:
+                    phase()
+            found.append(recorder.take())
+        hook.remove()
+        averaging = product.groups_of_means(self.parallel) if self.means_taken else set()
+        self.exchanges: list[list[Exchange]] = [[e for e in phase if e.group not in averaging] for phase in found]
+        self.means = [e for phase in found for e in phase if e.group in averaging]
+        # The embedding's gradient is in `.grad` as soon as its bucket has arrived.
+        self.last_mean = sum(e.group in averaging for e in found[1][:filled[0]]) - 1 if self.means else 0
+
     def flat(self) -> list[Exchange]:
-        return [exchange for phase in self.exchanges for exchange in phase]
+        """Forward, backward, the means, clipping."""
+        forward, backward, clipping = (self.exchanges + [[], []])[:3]
+        return forward + backward + self.means + clipping
 
     def replay(self) -> list[float]:
         return replay(self.flat())
@@ -96,7 +135,7 @@ class Measurement:
         step = self.steps["stock"]
         compute = Spread(tuple(tuple(step()) for _ in range(4))).median
         floor = Spread(tuple(tuple(self.replay()) for _ in range(3))).median
-        leaving = slowest([sum(exchange.leaving(self.rank, WORLD) for exchange in self.flat())])[0]
+        leaving = slowest([sum(exchange.leaving for exchange in self.flat())])[0]
         self.links: dict[float, Calibrated] = {}
         self.rates: dict[float, dict[str, float]] = {}
         for ratio in self.spec.ratios:
@@ -106,7 +145,7 @@ class Measurement:
             self.set_rate(self.links[ratio].rate)
             wall, busy = time.perf_counter(), time.process_time()
             seconds = Spread(tuple(tuple(self.replay()) for _ in range(3))).phases()
-            link = link_rates(self.flat(), list(seconds), self.rank, WORLD)
+            link = link_rates(self.flat(), list(seconds))
             # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
             share = (time.process_time() - busy) / (time.perf_counter() - wall)
             link = from_rank_0({**link, "link_compute_share": min(share, 0.9)})
@@ -138,9 +177,9 @@ class Measurement:
             self.parent.tell("compiling", mode=self.mode, label=label, expected_s=self.expected_s())
         dist.barrier()
         start = time.perf_counter()
-        compiled = compile_variant(name, self.model, self.spec, rates)
-        step = Step(lambda ids: logits_of(compiled, ids), self.model, self.ids, self.train)
-        step()
+        step = self.step_of(compile_variant(name, self.model, self.spec, rates, self.parallel))
+        with settings_of(name):
+            step()
         took = slowest([time.perf_counter() - start])[0]
         facts = {"compile_s": took, **self.differences(step, connectivity_of(name, self.spec))}
         step()                                              # warm
@@ -164,10 +203,15 @@ class Measurement:
         found = {"max_diff": (step.logits.detach() - want.logits).abs().max().item()}
         if self.train:
             found["loss_diff"] = abs(step.loss.item() - want.loss)
-            found["grad_diff"] = max(relative_difference(self.model.get_parameter(name).grad, gradient)
+            found["grad_diff"] = max(relative_difference(self.model.get_parameter(name).grad, self.own_part(name, gradient))
                                      for name, gradient in want.gradients.items())
+        if self.means_taken:
+            found["norm_diff"] = abs(self.norm.item() / want.norm - 1)
         whole = [value if value == value else float("inf") for value in found.values()]
         return dict(zip(found, slowest(whole)))
+
+    def own_part(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return whole[self.mine.start:self.mine.stop] if ".experts." in name else whole
 
     # 5 time
     def time(self) -> dict[tuple[str, str], Spread]:
@@ -190,9 +234,15 @@ class Measurement:
         return {**main, "curve": curve, "rounds": len(first.samples),
                 "pieces": {"routers_ms": ms(self.pieces.routers), "routed_experts_ms": ms(self.pieces.routed),
                            "head_ms": ms(self.pieces.head)},
-                "exchanges": [{"kind": exchange.kind, "bytes_leaving": exchange.leaving(self.rank, WORLD)}
-                              for exchange in self.flat()],
-                "compute_rates": self.compute_rates, "shape": self.shape.__dict__}
+                "exchanges": [{"kind": exchange.kind, "bytes_leaving": exchange.leaving} for exchange in self.flat()],
+                "traffic": self.traffic(), "compute_rates": self.compute_rates, "shape": self.shape.__dict__,
+                "dp": self.spec.dp, "ep": EP, "ranks_on_a_core": self.parent.sharing}
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes that rank 0 puts on the link in a step."""
+        return {"experts_bytes": [sum(e.leaving for e in phase) for phase in self.exchanges],
+                "means_bytes": [mean.leaving for mean in self.means],
+                "last_mean_bytes": self.means[self.last_mean].leaving if self.means else 0.0}
 
     def at_ratio(self, ratio: float, times: dict[tuple[str, str], Spread]) -> dict[str, Any]:
         slow, main = f"{ratio:g}", self.spec.main_ratio
@@ -205,6 +255,8 @@ class Measurement:
             variants.append({
                 "name": name, "fast_ms": ms(on_fast.median), "slow_ms": ms(on_slow.median),
                 "fast_min_ms": ms(on_fast.best), "slow_min_ms": ms(on_slow.best),
+                "fast_phases_ms": [ms(phase) for phase in on_fast.phases()],
+                "slow_phases_ms": [ms(phase) for phase in on_slow.phases()],
                 "speedup_fast": stock_fast.median / on_fast.median,
                 "speedup_slow": stock_slow.median / on_slow.median, **self.facts[here]})
         best = next((name for name in ("farskip", "rewired_stock", "stock") if name in self.spec.variants))
@@ -220,34 +272,46 @@ class Measurement:
             "comm_only_fast_ms": ms(times[FAST, COMM].median),
             "limit_ms": ms(limit(graph.median, comm.median)), "bound_ms": ms(bound(phases)), "ends_ms": ms(ends),
             "bound_parts": [{"compute_ms": ms(p.compute), "alone_ms": ms(p.alone), "exchanges_ms": ms(sum(p.exchanges)),
-                             "serial_ms": ms(p.serial), "tail_ms": ms(p.tail), "bound_ms": ms(p.bound)}
+                             "serial_ms": ms(p.serial), "tail_ms": ms(p.tail), "means_ms": ms(sum(p.means)),
+                             "last_mean_ms": ms(p.last), "bound_ms": ms(p.bound)}
                             for p in phases],
             "link_rates": self.rates[ratio], "rate_bits": self.links[ratio].rate,
             "rate_is_close": self.links[ratio].close,
-            "schedules": self.schedules.get(label_of("farskip", ratio), []), "hidden": None, "hidden_inner": None,
+            "schedules": self.schedules.get(label_of("farskip", ratio), []), "hidden": None,
+            "hidden_inner": None, "hidden_of_possible": None,
         }
         if "farskip" in by_name:
             stock, ours = by_name["stock"], by_name["farskip"]
             costs = (stock["fast_ms"], stock["slow_ms"], ours["slow_ms"])
             result["hidden"] = hidden(*costs)
             result["hidden_inner"] = hidden(*costs, beyond_reach=ms(ends))
+            result["hidden_of_possible"] = hidden(*costs, beyond_reach=result["bound_ms"] - stock["fast_ms"])
             result["over_bound"] = ours["slow_ms"] / result["bound_ms"] - 1
         return result
 
     def phases(self, graph: Spread, comm: Spread) -> list[Phase]:
-        """The measured pieces as figures.py takes them: forward, and backward where there is one."""
-        alone = comm.phases()
-        split = len(self.exchanges[0])
-        forward = Phase(graph.phase(0), alone[:split], self.pieces.routed + self.pieces.routers, alone[split - 1],
-                        self.pieces.head)
-        if not self.train:
-            return [forward]
-        return [forward, Phase(graph.phase(1), alone[split:], self.pieces.routed, 0.0, self.pieces.head)]
+        """The measured pieces as figures.py takes them: forward; backward and update where there are any."""
+        forward, backward, means = self.alone(comm)
+        found = [Phase(graph.phase(0), forward, self.pieces.routed + self.pieces.routers, forward[-1], self.pieces.head)]
+        if self.train:
+            beside = self.pieces.routed if self.spec.dp == 1 else 0.0       # experts' weight gradients need no mean
+            found.append(Phase(graph.phase(1), backward, self.pieces.routed, max(0.0, min(means, default=0.0) - beside),
+                               self.pieces.head, means, means[self.last_mean] if means else 0.0))
+        if self.means_taken:
+            found.append(Phase(graph.phase(2), (), 0.0, 0.0, 0.0))
+        return found
 
     def ends(self, comm: Spread) -> float:
-        """The last forward exchange and the first backward one: what the paper says cannot be hidden."""
-        alone, split = comm.phases(), len(self.exchanges[0])
-        return alone[split - 1] + (alone[split] if self.train else 0.0)
+        """The last forward exchange and the first backward one, which the paper says cannot be hidden; and the last mean."""
+        forward, backward, means = self.alone(comm)
+        return forward[-1] + (backward[0] if self.train else 0.0) + (means[self.last_mean] if means else 0.0)
+
+    def alone(self, comm: Spread) -> tuple[tuple[float, ...], ...]:
+        """Seconds of each exchange alone: forward, backward, means."""
+        seconds = comm.phases()
+        forward = len(self.exchanges[0])
+        backward = forward + (len(self.exchanges[1]) if self.train else 0)
+        return seconds[:forward], seconds[forward:backward], seconds[backward:backward + len(self.means)]
 
     def say(self, text: str) -> None:
         self.parent.say(f"{self.mode}: {text}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .spec import WORLD, Shape
+from .spec import Shape
 
 EARLY_ATTENTION = ("farskip", "ladder", "attn_only")     # attention reads R without the layer before's MoE
 EARLY_MLP = ("farskip", "ladder", "mlp_only")            # the MoE reads R before this layer's attention
+MAX_NORM = 0.1                                           # low, so that clipping does something
 
 
 def build(shape: Shape, seed: int) -> nn.Module:
@@ -34,7 +36,7 @@ def build(shape: Shape, seed: int) -> nn.Module:
 def tokens(shape: Shape, seed: int, rank: int) -> Tensor:
     """This rank's sequence, [1, tokens]."""
     generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randint(0, shape.vocab, (WORLD, shape.tokens), generator=generator)[rank:rank + 1]
+    return torch.randint(0, shape.vocab, (rank + 1, shape.tokens), generator=generator)[rank:]
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -71,31 +73,47 @@ def reference_logits(model: nn.Module, ids: Tensor, connectivity: str) -> Tensor
 
 @dataclass
 class Reference:
-    """The reference's answer for one connectivity. Gradients are of the loss over this rank's tokens alone."""
+    """The reference's answer for one connectivity.
+
+    Gradients are of the loss over this rank's tokens alone; in mode step of the mean over all ranks' tokens, the whole
+    batch, clipped to ``MAX_NORM``.
+    """
 
     logits: Tensor
     loss: float | None = None
     gradients: dict[str, Tensor] | None = None
+    norm: float | None = None               # of all gradients, before clipping
 
     @staticmethod
-    def of(model: nn.Module, ids: Tensor, connectivity: str, train: bool) -> "Reference":
-        if not train:
+    def of(model: nn.Module, ids: Tensor, connectivity: str, mode: str) -> "Reference":
+        if mode == "forward":
             with torch.no_grad():
                 return Reference(reference_logits(model, ids, connectivity))
         model.zero_grad(set_to_none=True)
         logits = reference_logits(model, ids, connectivity)
         loss = loss_of(logits, ids)
         loss.backward()
-        gradients = {name: model.get_parameter(name).grad.clone() for name in watched(model)}
+        norm = _mean_and_clip(model) if mode == "step" else None
+        gradients = {name: model.get_parameter(name).grad.clone() for name in watched(model, mode)}
         model.zero_grad(set_to_none=True)
-        return Reference(logits.detach(), loss.item(), gradients)
+        return Reference(logits.detach(), loss.item(), gradients, norm)
 
 
-def watched(model: nn.Module) -> list[str]:
-    """Replicated parameters whose gradients are compared: the first attention, the last router, the embedding."""
+def _mean_and_clip(model: nn.Module) -> float:
+    """By c10d and torch.nn.utils alone. All ranks have as many tokens, so the mean of means is the whole batch's."""
+    for parameter in model.parameters():
+        parameter.grad /= dist.get_world_size()
+        dist.all_reduce(parameter.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item()
+
+
+def watched(model: nn.Module, mode: str) -> list[str]:
+    """Parameters whose gradients are compared: the first attention, the last router, the embedding, with the means also
+    experts. Without means a shard's gradient is of all ranks' tokens, and no reference has that."""
     last = len(model.model.layers) - 1
-    return ["model.layers.0.self_attn.q_proj.weight", f"model.layers.{last}.mlp.gate.weight",
-            "model.embed_tokens.weight"]
+    replicated = ["model.layers.0.self_attn.q_proj.weight", f"model.layers.{last}.mlp.gate.weight",
+                  "model.embed_tokens.weight"]
+    return replicated + ["model.layers.0.mlp.experts.down_proj"] * (mode == "step")
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float:

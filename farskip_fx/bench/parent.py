@@ -13,6 +13,7 @@ PR_SET_PDEATHSIG = 1
 class Parent:
     def __init__(self) -> None:
         self.rank = int(os.environ["RANK"])
+        self.sharing = int(os.environ["FARSKIP_BENCH_SHARING"])     # ranks on this one's core
         self._events = os.fdopen(int(os.environ["FARSKIP_BENCH_EVENTS"]), "w", buffering=1)
 
     def tell(self, event: str, **data: object) -> None:

@@ -38,8 +38,9 @@ def rows_per_expert(model: nn.Module, ids: Tensor) -> list[list[int]]:
     return counts
 
 
-def time_pieces(model: nn.Module, ids: Tensor, rows: list[list[int]], mine: range) -> Pieces:
-    """``rows`` are the rows of every expert from all ranks' tokens, ``mine`` the experts that this rank holds.
+def time_pieces(model: nn.Module, ids: Tensor, rows: list[list[int]], mine: range, sharing: int) -> Pieces:
+    """``rows`` are the rows of every expert from the tokens of its expert group, ``mine`` the experts that this rank holds,
+    ``sharing`` the ranks on this core.
 
     ``model`` is the unsharded one. The chain waits for the slower rank in every layer, so each layer's time is the
     largest over the ranks.
@@ -53,7 +54,7 @@ def time_pieces(model: nn.Module, ids: Tensor, rows: list[list[int]], mine: rang
             inputs = [torch.randn(count[expert], x.shape[1]) for expert in mine]
             routed.append(best(lambda: _run_experts(experts, mine, inputs), REPEAT_S))
         head = best(lambda: model.lm_head(core.norm(x[None])), REPEAT_S)
-    return Pieces(sum(slowest(routers)), sum(slowest(routed)), slowest([head])[0])
+    return Pieces(sharing * sum(slowest(routers)), sharing * sum(slowest(routed)), sharing * slowest([head])[0])
 
 
 def _moe(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -4,15 +4,33 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .spec import EP, Spec
 
 
-def shard(model: nn.Module, exchange: str) -> None:
-    import torch.distributed as dist
+def shard(model: nn.Module, spec: Spec, means: bool) -> Any:
+    """Share the experts in place; with ``means``, what the backend needs to average gradients (else None).
+
+    Rank dp_rank * EP + ep_rank, as ``init_device_mesh`` numbers them: neighbours share the experts.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
 
     import farskip_fx as fs
 
-    fs.expert_parallel(model, dist.group.WORLD, exchange=exchange)
+    mesh = init_device_mesh("cpu", (spec.dp, EP), mesh_dim_names=("dp", "ep"))
+    fs.expert_parallel(model, mesh["ep"], exchange=spec.exchange)
+    return fs.data_parallel(model, mesh["dp"], bucket_mb=spec.bucket_mb) if means else None
+
+
+def groups_of_means(parallel: Any) -> set[str]:
+    return {parallel.dense_group, parallel.expert_group}
+
+
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    import farskip_fx as fs
+
+    return fs.clip_grad_norm_(model, max_norm)
 
 
 def backend() -> Any:

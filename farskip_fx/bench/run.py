@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from . import table
-from .launch import core_of, run_ranks
+from .launch import core_of, run_ranks, sharing
 from .link import KINDS, Link, open_link
 from .progress import Progress
-from .spec import WORLD, Spec
+from .spec import MODES, Spec
 
 WORKER = "farskip_fx.bench.worker"
 
@@ -24,13 +24,13 @@ def run(spec: Spec, console: Console, *, kinds: tuple[str, ...] = KINDS, json_pa
         verbose: bool = False) -> dict:
     """The whole result, as written to ``json_path``. Raises RankFailed, with its traceback, when a rank fails."""
     spec.check()
-    with open_link(kinds) as link, tempfile.TemporaryDirectory(prefix="farskip-") as folder:
+    with open_link(kinds, spec.world) as link, tempfile.TemporaryDirectory(prefix="farskip-") as folder:
         console.print(f"link: {link.describe()}", highlight=False)
         console.print(table.variants_table(spec.variants))
         spec_path = Path(folder) / "spec.json"
         spec.write(spec_path)
         screen = Screen(console, spec)
-        screen.on_say("starting two ranks: importing torch and transformers")
+        screen.on_say(f"starting {spec.world} ranks: importing torch and transformers")
         run_ranks(link, WORKER, spec_path, screen.hear, silence_s=spec.silence_s, idle=screen.progress.idle,
                   verbose=verbose)
         result = assemble(screen, link)
@@ -43,8 +43,8 @@ def run(spec: Spec, console: Console, *, kinds: tuple[str, ...] = KINDS, json_pa
 
 def wrong(result: dict) -> list[str]:
     """Variants that computed something else than the reference; their times mean nothing."""
-    return [f"{mode} {one['name']}: max_diff {one['max_diff']:.1e}" for mode in ("forward", "train")
-            for one in result.get(mode, {}).get("variants", []) if not one["max_diff"] <= table.TOLERANCE]
+    return [f"{mode} {one['name']}: differs by {table.worst_of(one):.1e}" for mode in MODES
+            for one in result.get(mode, {}).get("variants", []) if not table.worst_of(one) <= table.TOLERANCE]
 
 
 class Screen:
@@ -80,10 +80,9 @@ class Screen:
         total = len(self.spec.modes) * (len(self.spec.variants) + of_farskip)
         return f"{self.builds} of {total}"
 
-    def on_compiled(self, mode: str, label: str, compile_s: float, max_diff: float, schedules: list[dict] | None,
-                    **rest: Any) -> None:
+    def on_compiled(self, mode: str, label: str, compile_s: float, schedules: list[dict] | None, **facts: Any) -> None:
         self.progress.say(f"{mode}: compiled {label} in {compile_s:.0f} s, max difference from the reference "
-                          f"{max_diff:.1e}")
+                          f"{table.worst_of(facts):.1e}")
         if schedules:
             self.console.print(table.schedule_table(label, schedules))
 
@@ -91,6 +90,7 @@ class Screen:
         self.modes[mode] = result
         for point in result["curve"]:
             self.console.print(table.times_table(mode, point, result["rounds"]))
+        self.console.print(table.conditions(result), highlight=False)
         if len(result["curve"]) > 1:
             self.console.print(table.curve_table(mode, result["curve"]))
 
@@ -102,13 +102,12 @@ def assemble(screen: Screen, link: Link) -> dict:
     rates = {mode: {f"{point['ratio']:g}": point["rate_bits"] for point in result["curve"]}
              for mode, result in screen.modes.items()}
     return {**screen.modes, "layers": screen.layers, "link": {**link.as_dict(), "rate_bits": rates},
-            "machine": machine(), "versions": versions(), "seed": screen.spec.seed}
+            "machine": machine(link.ranks), "versions": versions(), "seed": screen.spec.seed}
 
 
-def machine() -> dict:
-    cores = [core_of(rank) for rank in range(WORLD)]
-    return {"system": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(), "core_of_rank": cores,
-            "cores_shared": len(set(cores)) < WORLD}
+def machine(ranks: int) -> dict:
+    return {"system": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count(),
+            "core_of_rank": [core_of(rank) for rank in range(ranks)], "cores_shared": sharing(ranks) > 1}
 
 
 def _cpu() -> str:

@@ -5,9 +5,10 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-MODES = ("forward", "train")
+MODES = ("forward", "train", "step")
+BOTH = MODES[:2]                            # without data parallelism
 VARIANTS = ("stock", "inductor_overlap", "rewired_stock", "farskip")
-WORLD = 2                                   # the link has two ends
+EP = 2                                      # ranks that share the experts
 
 
 class SpecError(ValueError):
@@ -34,8 +35,8 @@ class Shape:
         for name in ("layers", "hidden", "tokens", "experts", "top_k", "moe_intermediate"):
             if getattr(self, name) < 1:
                 raise SpecError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.experts % WORLD:
-            raise SpecError(f"--experts {self.experts} cannot be split over {WORLD} ranks; take a multiple of {WORLD}")
+        if self.experts % EP:
+            raise SpecError(f"--experts {self.experts} cannot be split over {EP} ranks; take a multiple of {EP}")
         if self.top_k > self.experts:
             raise SpecError(f"--top-k {self.top_k} is more than --experts {self.experts}")
 
@@ -44,11 +45,13 @@ class Shape:
 class Spec:
     forward: Shape = Shape()
     train: Shape = Shape(layers=3, tokens=1024)
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = BOTH
     variants: tuple[str, ...] = VARIANTS
     ratios: tuple[float, ...] = (0.5,)       # comm-only over compute-only
     connectivity: str = "farskip"
     exchange: str = "all_to_all"
+    dp: int = 1                              # replicas of the experts; dp * EP ranks
+    bucket_mb: float = 2.0                   # of gradients that travel together (mode step)
     inner: str = "inductor"                  # what our backend hands its graph to; tests use "aot_eager"
     rounds: int = 8
     budget_s: float = 90.0                   # time for the rounds of one mode; fewer rounds when they do not fit
@@ -56,7 +59,11 @@ class Spec:
     silence_s: float = 900.0                 # no word from any rank for this long ends the run
 
     def shape(self, mode: str) -> Shape:
-        return self.train if mode == "train" else self.forward
+        return self.forward if mode == "forward" else self.train
+
+    @property
+    def world(self) -> int:
+        return self.dp * EP
 
     @property
     def main_ratio(self) -> float:
@@ -70,6 +77,12 @@ class Spec:
             unknown = [name for name in given if name not in known]
             if unknown or not given:
                 raise SpecError(f"unknown {what} {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")
+        if self.dp < 1:
+            raise SpecError(f"--dp must be at least 1, not {self.dp}")
+        if self.dp > 1 and self.modes != ("step",):
+            raise SpecError("--dp needs --mode step: without means of gradients replicas have nothing to say to each other")
+        if not self.bucket_mb > 0:
+            raise SpecError(f"--bucket-mb must be above 0, not {self.bucket_mb:g}")
         if "stock" not in self.variants:
             raise SpecError("--variants must have stock: every speed-up is over it")
         if not self.ratios or min(self.ratios) <= 0:

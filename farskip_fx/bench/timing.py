@@ -21,10 +21,11 @@ Timed = Callable[[], list[float]]           # runs once, gives the seconds of it
 
 
 class Step:
-    """One step of a model: forward alone, or forward with loss and then backward, as two phases."""
+    """One step of a model: forward; or forward with loss, and backward; or these and ``update``. A phase each."""
 
-    def __init__(self, logits_of: Callable[[Tensor], Tensor], model: nn.Module, ids: Tensor, train: bool) -> None:
-        self.logits_of, self.model, self.ids, self.train = logits_of, model, ids, train
+    def __init__(self, logits_of: Callable[[Tensor], Tensor], model: nn.Module, ids: Tensor, train: bool,
+                 update: Callable[[], None] | None = None) -> None:
+        self.logits_of, self.model, self.ids, self.train, self.update = logits_of, model, ids, train, update
         self.logits: Tensor | None = None
         self.loss: Tensor | None = None
 
@@ -42,7 +43,8 @@ class Step:
         self.logits = self.loss = None
 
     def phases(self) -> list[Callable[[], None]]:
-        return [self.forward, self.backward] if self.train else [self.forward]
+        phases = [self.forward, self.backward] if self.train else [self.forward]
+        return phases + [self.update] if self.update else phases
 
     def __call__(self) -> list[float]:
         self.reset()

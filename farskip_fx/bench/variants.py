@@ -1,12 +1,18 @@
-"""The variants: each a way to compile the same sharded model. Their order is the order of the tables."""
+"""The variants: each a way to compile the same sharded model. Their order is the order of the tables.
+
+In mode step all of them average gradients in the graph, in the same buckets: without that stock would reduce after the
+whole backward, and lose by more.
+"""
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Callable
 
 import torch
 from torch import nn
 
 from . import product
+from .exchanges import Recorder
 from .spec import Spec
 
 # As recommended beside this option in torch/_inductor/config.py.
@@ -34,22 +40,41 @@ def is_ours(name: str) -> bool:
     return name in ("rewired_stock", "farskip")
 
 
-def compile_variant(name: str, model: nn.Module, spec: Spec, rates: dict[str, float] | None) -> Callable[..., Any]:
-    """A compiled callable of its own: Dynamo keeps graphs of different backends and options apart."""
-    if name == "stock":
+def compile_variant(name: str, model: nn.Module, spec: Spec, rates: dict[str, float] | None,
+                    parallel: Any = None) -> Callable[..., Any]:
+    """A compiled callable of its own: Dynamo keeps graphs of different backends and options apart.
+
+    Args:
+        parallel: how gradients are averaged (``product.shard``); None, they are not.
+    """
+    if name == "inductor_overlap" and spec.inner != "inductor":
+        raise ValueError(f"inductor_overlap needs inner='inductor', not {spec.inner!r}")
+    if parallel is None and name == "stock":
         return torch.compile(model, backend=spec.inner, dynamic=False)
-    if name == "inductor_overlap":
-        if spec.inner != "inductor":
-            raise ValueError(f"inductor_overlap needs inner='inductor', not {spec.inner!r}")
+    if parallel is None and name == "inductor_overlap":
         return torch.compile(model, backend="inductor", dynamic=False, options=dict(INDUCTOR_OVERLAP))
-    options: dict[str, Any] = {"connectivity": spec.connectivity, "overlap": name == "farskip", "inner": spec.inner,
-                               "strict": True}
+    options: dict[str, Any] = {"connectivity": connectivity_of(name, spec), "overlap": name == "farskip",
+                               "inner": spec.inner, "strict": True}
+    if parallel is not None:
+        options["data_parallel"] = parallel
     if name == "farskip" and rates is not None:
         options["rates"] = rates
-    return torch.compile(model, backend=product.backend(), dynamic=False, options=options)
+    # A backend of its own: stock and inductor_overlap have equal options, and Dynamo would take one's graph for the other.
+    return torch.compile(model, backend=lambda gm, inputs: product.backend()(gm, inputs, options=options), dynamic=False)
 
 
-def compile_for_report(model: nn.Module, spec: Spec) -> Callable[..., Any]:
-    """Rewired and run as it stands: seconds, where a real build takes a minute."""
-    options = {"connectivity": spec.connectivity, "overlap": False, "inner": "eager", "strict": True}
-    return torch.compile(model, backend=product.backend(), dynamic=False, options=options)
+def settings_of(name: str) -> AbstractContextManager:
+    """What a variant's first step, which compiles it, runs under: our backend has no options for Inductor."""
+    if name != "inductor_overlap":
+        return nullcontext()
+    import torch._inductor.config as inductor
+    return inductor.patch(INDUCTOR_OVERLAP)
+
+
+def compile_for_report(model: nn.Module, connectivity: str, recorder: Recorder, parallel: Any = None) -> Callable[..., Any]:
+    """Rewired and run as it stands: seconds, where a real build takes a minute. ``recorder`` notes its exchanges."""
+    options: dict[str, Any] = {"connectivity": connectivity, "overlap": False, "inner": "eager", "strict": True}
+    if parallel is not None:
+        options["data_parallel"] = parallel
+    backend = recorder.inside(product.backend())
+    return torch.compile(model, backend=lambda gm, inputs: backend(gm, inputs, options=options), dynamic=False)

@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from .parent import Parent, settle
-from .spec import WORLD, Spec
+from .spec import Spec
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def measure_all(spec: Spec, parent: Parent) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{os.environ['FARSKIP_BENCH_MEET']}", rank=parent.rank,
-                            world_size=WORLD, timeout=timedelta(seconds=spec.silence_s))
+                            world_size=spec.world, timeout=timedelta(seconds=spec.silence_s))
     for mode in spec.modes:
         with scoped_settings():
             result = Measurement(mode, spec, parent).run()
