@@ -1,4 +1,4 @@
-"""The command line: ``farskip bench`` measures, ``farskip demo`` shows.
+"""The command line: ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains.
 
 A verb is a function that adds its options and one that runs; VERBS lists them.
 """
@@ -17,6 +17,7 @@ from .bench.launch import RankFailed
 from .bench.link import KINDS, LinkRefused
 from .bench.run import run, wrong
 from .bench.spec import BOTH, MODES, VARIANTS, Shape, Spec, SpecError
+from .errors import FarskipError
 
 BENCH_TEXT = """\
 Time a Mixture-of-Experts model on two ranks over an emulated slow link.
@@ -55,6 +56,18 @@ The main job: HF Qwen3-MoE (hidden 512, 4 layers, 8 experts, top-2, 2048 tokens 
 which exchange hides behind what, and the times of four variants, forward and forward+backward. About ten minutes on two
 cores; with --quick two layers, forward only, in under three."""
 
+DISTILL_TEXT = """\
+Convert a model and train it to agree with what it was. One file says all; run it under torchrun for several ranks, and
+again after an interruption. In it:
+
+  model: path/to/checkpoint
+  data: {files: ["corpus/*.txt"], length: 1024, held_out: 0.02}
+  distill: {connectivity: farskip, teacher: copy}
+  training: {output_dir: run, learning_rate: 2.0e-5, max_steps: 2000, bf16: true}
+
+distill holds the fields of farskip_fx.distill.DistillConfig, training those of transformers.TrainingArguments, and lora
+(optional) those of peft.LoraConfig, for teacher: shared."""
+
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -74,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except (SpecError, LinkRefused, RankFailed) as error:
+    except (SpecError, LinkRefused, RankFailed, FarskipError) as error:
         print(f"farskip {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"farskip {args.verb}: interrupted; ranks and link are gone", file=sys.stderr)
+        done = "" if args.verb == "distill" else "; ranks and link are gone"
+        print(f"farskip {args.verb}: interrupted{done}", file=sys.stderr)
         return 130
 
 
@@ -144,6 +158,19 @@ def run_demo(args: argparse.Namespace) -> int:
     return report(run(spec, console, json_path=args.json))
 
 
+def add_distill(verbs: argparse._SubParsersAction) -> None:
+    distill = verbs.add_parser("distill", help="train a converted model to agree with the original", description=DISTILL_TEXT,
+                               formatter_class=argparse.RawTextHelpFormatter)
+    distill.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run: model, data, distill, training")
+    distill.set_defaults(run=run_distill)
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    from .distill import command
+    command.run(args.config, screen())
+    return 0
+
+
 def screen() -> Console:
     """The terminal; into a log, lines wide enough for the tables."""
     console = Console()
@@ -163,7 +190,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_bench, add_demo)
+VERBS = (add_bench, add_demo, add_distill)
 
 if __name__ == "__main__":
     sys.exit(main())
