@@ -46,8 +46,8 @@ class Texts(torch.utils.data.Dataset):
 
 
 def arguments(folder, **options):
-    usual = dict(per_device_train_batch_size=4, max_steps=6, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
-                 seed=0, learning_rate=1e-3, logging_steps=1, lr_scheduler_type="cosine", warmup_steps=2)
+    usual = dict(per_device_train_batch_size=4, max_steps=6, use_cpu=True, report_to=[], save_strategy="no",
+                 disable_tqdm=True, seed=0, learning_rate=1e-3, logging_steps=1, lr_scheduler_type="cosine", warmup_steps=2)
     return TrainingArguments(str(folder), **{**usual, **options})
 
 

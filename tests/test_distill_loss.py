@@ -68,7 +68,8 @@ def test_values_and_gradients(seed, tokens, width, vocabulary, bias, masked, tem
     want, found = by_definition(full_logits(*leaves, scale, cap), full_logits(*other, scale, cap), targets, temperature,
                                 *weights, count)
     compare(loss, leaves, want, tolerance=1e-9)
-    torch.testing.assert_close(sums.values, torch.tensor([float(torch.as_tensor(v).detach()) for v in found.values()], dtype=torch.float64))
+    values = [float(torch.as_tensor(value).detach()) for value in found.values()]
+    torch.testing.assert_close(sums.values, torch.tensor(values, dtype=torch.float64))
 
 
 @settings(max_examples=40, deadline=None)
@@ -96,7 +97,8 @@ def test_accumulation_is_the_whole_batch():
     teacher_head = Head(weight=other[1], bias=other[2])
     parts = [distillation_loss(leaves[0][r], Head(weight=leaves[1], bias=leaves[2]), Dense(other[0][r], teacher_head),
                                targets[r], items=items) for r in (slice(0, 4), slice(4, 19), slice(19, 30))]
-    whole, sums = distillation_loss(leaves[0], Head(weight=leaves[1], bias=leaves[2]), Dense(other[0], teacher_head), targets)
+    whole, sums = distillation_loss(leaves[0], Head(weight=leaves[1], bias=leaves[2]), Dense(other[0], teacher_head),
+                                    targets)
     compare(sum(loss for loss, _ in parts), leaves, whole, tolerance=1e-12)
     added = Sums(sum(found.values for _, found in parts))
     torch.testing.assert_close(added.values, sums.values)
@@ -113,8 +115,8 @@ def test_sixteen_bits_under_autocast():
         loss, sums = distillation_loss(half[0], Head(weight=half[1], bias=half[2]),
                                        Dense(near[0], Head(weight=near[1], bias=near[2])), targets, chunk_mb=0.002)
     exact = [t.detach().double().requires_grad_() for t in half]
-    want, _ = by_definition(full_logits(*exact, 1.0, None), full_logits(*(t.double() for t in near), 1.0, None), targets, 1.0,
-                            1.0, 0.0, (targets != -100).sum())
+    want, _ = by_definition(full_logits(*exact, 1.0, None), full_logits(*(t.double() for t in near), 1.0, None), targets,
+                            1.0, 1.0, 0.0, (targets != -100).sum())
     assert loss.dtype is torch.float32
     torch.testing.assert_close(loss, want.float(), rtol=1e-4, atol=0)
     for ours, definition in zip(torch.autograd.grad(loss, half), torch.autograd.grad(want, exact), strict=True):

@@ -7,8 +7,8 @@
 Layout of a folder (format 1)
     rows-00000.safetensors, ...     ids [rows, length] int32, indices [rows, length, k] int32, log_probs [rows, length, k]
                                     float32, log_tail [rows, length] float32
-    teacher.json                    written last: format, k, temperature, vocabulary, number of rows, length, rows a file, and
-                                    the fingerprint of the model
+    teacher.json                    written last: format, k, temperature, vocabulary, number of rows, length, rows a file,
+                                    and the fingerprint of the model
 
 Contract
     A row is one example of the dataset, by index, so shuffling and batch sizes may change between runs. All rows have one
@@ -48,7 +48,8 @@ class Rows(torch.utils.data.Dataset):
 
     def __init__(self, dataset) -> None:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise ConfigError('teacher="cached" needs a dataset with a length and an index, not a stream: rows are found by index')
+            raise ConfigError('teacher="cached" needs a dataset with a length and an index, not a stream: rows are found by '
+                              'index')
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -81,8 +82,8 @@ def build(folder: str | Path, teacher: Teacher, dataset, *, top_k: int, temperat
     """
     folder, model = Path(folder), teacher.model
     if any("_farskip_experts" in module.__dict__ for module in model.modules()):
-        raise ConfigError("a cache is built before farskip_fx.expert_parallel: ranks take different rows, and would wait for each "
-                          "other in an exchange")
+        raise ConfigError("a cache is built before farskip_fx.expert_parallel: ranks take different rows, and would wait "
+                          "for each other in an exchange")
     folder.mkdir(parents=True, exist_ok=True)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -100,7 +101,8 @@ def build(folder: str | Path, teacher: Teacher, dataset, *, top_k: int, temperat
     if world > 1:
         dist.barrier()
     if rank == 0:
-        index = {**_header(model, vocabulary, len(dataset), top_k, temperature), "length": length, "rows_a_file": rows_a_file}
+        index = {**_header(model, vocabulary, len(dataset), top_k, temperature), "length": length,
+                 "rows_a_file": rows_a_file}
         part = folder / f".{INDEX}.partial"
         part.write_text(json.dumps(index, indent=1))
         os.replace(part, folder / INDEX)
@@ -133,8 +135,8 @@ class CachedTeacher:
         want = _header(model, vocabulary, rows, top_k, temperature)
         for name, value in want.items():
             if index.get(name) != value:
-                raise ConfigError(f"the cached teacher in {folder} has {name}={index.get(name)!r}, and this run {value!r}: its "
-                                  "log-probabilities are not those of this run's teacher. Use another folder, and build it")
+                raise ConfigError(f"the cached teacher in {folder} has {name}={index.get(name)!r}, and this run {value!r}: "
+                                  "its log-probabilities are not those of this run's teacher. Use another folder")
         return cls(folder, index)
 
     def __call__(self, *, rows: Sequence[int] | Tensor, input_ids: Tensor, **_) -> TopK:
@@ -185,8 +187,8 @@ def _ids_of(dataset, rows: range, length: int) -> Tensor:
     ids = [torch.as_tensor(dataset[row]["input_ids"]) for row in rows]
     odd = next((row for row, i in zip(rows, ids) if i.shape != (length,)), None)
     if odd is not None:
-        raise ConfigError(f"row {odd} of the dataset has {len(ids[odd - rows[0]])} tokens and row 0 has {length}; a cached teacher "
-                          "needs rows of one length: pack the text")
+        raise ConfigError(f"row {odd} of the dataset has {len(ids[odd - rows[0]])} tokens and row 0 has {length}; a cached "
+                          "teacher needs rows of one length: pack the text")
     return torch.stack(ids).long()
 
 

@@ -55,8 +55,8 @@ def texts(tokenizer, files: list[str], length: int, held_out: float) -> tuple[Pa
     packed = Packed(ids, length)
     kept_out = max(1, round(held_out * len(packed)))
     if len(packed) < 2 or kept_out >= len(packed):
-        raise ConfigError(f"{len(found)} files give {len(packed)} rows of {length} tokens, and held_out={held_out} leaves none to "
-                          "train on: give more text or a smaller length")
+        raise ConfigError(f"{len(found)} files give {len(packed)} rows of {length} tokens, and held_out={held_out} leaves "
+                          "none to train on: give more text or a smaller length")
     rows = packed.rows
     return (Packed(rows[:-kept_out].flatten(), length), Packed(rows[-kept_out:].flatten(), length),
             sum(len(text.encode()) for text in documents) / len(ids))
@@ -77,6 +77,7 @@ def run(path: str | Path, console: Console) -> dict:
     if "lora" in data:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(**data["lora"]))
+    console.quiet = args.process_index > 0
     console.print(f"{len(train)} rows of {text['length']} tokens to train on, {len(held_out)} held out", highlight=False)
     trainer = distill(model, train, config, args=args, eval_dataset=held_out, bytes_a_token=size, resume=True)
     metrics = trainer.evaluate()
@@ -84,7 +85,8 @@ def run(path: str | Path, console: Console) -> dict:
     if args.should_save:
         tokenizer.save_pretrained(args.output_dir)
     console.print(f"distilled: {args.output_dir}; held out: {metrics['eval_bits_per_byte']:.4f} bits a byte, KL "
-                  f"{metrics['eval_kl']:.4f}, the original's likeliest token in {metrics['eval_agree']:.2%}", highlight=False)
+                  f"{metrics['eval_kl']:.4f}, the original's likeliest token in {metrics['eval_agree']:.2%}",
+                  highlight=False)
     return metrics
 
 

@@ -27,8 +27,8 @@ class DistillConfig:
         chunk_mb: MiB of one chunk of logits, see ``loss.distillation_loss``.
         cache: folder of the cached teacher; needed for teacher="cached". Made if it is not there.
         top_k: log-probabilities that a cache keeps of each token.
-        stop_metric: a metric of evaluation ("humaneval": one of ``tasks``) that ends the run when it does not get better. Not
-            the loss: KL goes on to fall after the tasks have become worse (the paper). None: no early stopping.
+        stop_metric: a metric of evaluation ("humaneval": one of ``tasks``) that ends the run when it does not get better.
+            Not the loss: KL goes on to fall after the tasks have become worse (the paper). None: no early stopping.
         stop_patience: evaluations without an improvement.
         stop_delta: what counts as one, relative to the best so far.
 

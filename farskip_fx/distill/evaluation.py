@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ..convert import Converted, converted_of
 from ..errors import WrongConnectivityError
 from ..report import last_reports
-from .head import check_head, head_of, hidden_states
-from .loss import Dense, Head, Sums, distillation_loss
-from .teacher import Teacher, in_eval_mode
+from .head import check_head, hidden_states, in_eval_mode
+from .loss import Dense, Head, distillation_loss
+from .teacher import Teacher
 
 IGNORE = -100
 
@@ -146,12 +146,13 @@ def assert_rewired(model: nn.Module) -> int:
                        and r.rewired is not None), None)
         if report is None:
             raise WrongConnectivityError(
-                f"no graph of this model was rewired, although it is converted ({converted.config.connectivity!r}): call it once "
-                "before it is asked, or look at farskip_fx.last_reports() for why")
+                f"no graph of this model was rewired, although it is converted ({converted.config.connectivity!r}): call it "
+                "once before it is asked, or look at farskip_fx.last_reports() for why")
         want = len(converted.config.indices(len(report.layers)))
         if report.rewired.rewired != want:
-            raise WrongConnectivityError(f"{report.rewired.rewired} layers are rewired, and the conversion asks for {want} "
-                                         f"(connectivity {converted.config.connectivity!r}, layers {converted.config.layers!r})")
+            raise WrongConnectivityError(
+                f"{report.rewired.rewired} layers are rewired, and the conversion asks for {want} (connectivity "
+                f"{converted.config.connectivity!r}, layers {converted.config.layers!r})")
         _counted[converted] = want
     return _counted[converted]
 
@@ -165,8 +166,9 @@ def table(rows: Mapping[str, Evaluation]) -> Table:
         drawn.add_column(name, justify="left" if not name else "right")
     for name, row in rows.items():
         loss, before = (r.loss if unit == "nats/token" else r.bits_per_byte for r in (row, first))
-        drawn.add_row(name, f"{loss:.4f}", _change(loss, before), f"{row.accuracy:.2%}", _change(row.accuracy, first.accuracy),
-                      _or_dash(row.kl, "{:.4f}"), _or_dash(row.agreement, "{:.2%}"), str(row.rewired))
+        drawn.add_row(name, f"{loss:.4f}", _change(loss, before), f"{row.accuracy:.2%}",
+                      _change(row.accuracy, first.accuracy), _or_dash(row.kl, "{:.4f}"), _or_dash(row.agreement, "{:.2%}"),
+                      str(row.rewired))
     return drawn
 
 

@@ -4,15 +4,17 @@
     hidden = hidden_states(model, input_ids=ids)            # [batch, length, hidden], what the head reads
 
 Contract
-    ``hidden_states`` calls the model itself (so DDP, FSDP, autocast wrappers and hooks see a forward), asks it for the logits
-    of one position only (``logits_to_keep=1``, which transformers' causal models have) and takes the decoder's result on
-    its way to the head by a forward hook.
+    ``hidden_states`` calls the model itself (so DDP, FSDP, autocast wrappers and hooks see a forward), asks it for the
+    logits of one position only (``logits_to_keep=1``, which transformers' causal models have) and takes the decoder's result
+    on its way to the head by a forward hook.
     ``head_of`` reads from the config what the model does to its logits. ``check_head`` compares that with the logits of the
     model, on a few tokens: a model that does something else is refused, never approximated.
 """
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +60,8 @@ def decoder_under_head(model: nn.Module) -> nn.Module:
         raise RefusedError(f"{type(base).__name__} is no causal language model with a decoder and a head "
                            "(get_decoder and get_output_embeddings of transformers); distill a ...ForCausalLM")
     if "logits_to_keep" not in inspect.signature(base.forward).parameters:
-        raise RefusedError(f"{type(base).__name__}.forward has no logits_to_keep: it would compute the logits of all positions "
-                           "at once. Give its forward that argument, as transformers' causal models have it")
+        raise RefusedError(f"{type(base).__name__}.forward has no logits_to_keep: it would compute the logits of all "
+                           "positions at once. Give its forward that argument, as transformers' causal models have it")
     return decoder
 
 
@@ -95,17 +97,18 @@ def candidates(model: nn.Module) -> list[Head]:
     decoder_under_head(base)
     layer = base.get_output_embeddings()
     if type(layer) is not nn.Linear or type(layer.weight.data) is not Tensor:
-        raise RefusedError(f"the head of {type(base).__name__} is {type(layer).__name__}"
-                           f"{'' if layer is None else f' with a weight of type {type(layer.weight.data).__name__}'}, and the "
-                           "loss reads a plain nn.Linear: leave the head out of LoRA's target_modules and modules_to_save, and "
-                           "out of quantization")
+        kind = "" if getattr(layer, "weight", None) is None else f" with a weight of type {type(layer.weight.data).__name__}"
+        raise RefusedError(f"the head of {type(base).__name__} is {type(layer).__name__}{kind}, and the loss reads a plain "
+                           "nn.Linear: leave the head out of LoRA's target_modules and modules_to_save, and out of "
+                           "quantization")
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     caps = [value for name in _CAPS if (value := getattr(config, name, None))]
     scales = [[function(value) for function in functions] for name, functions in _FACTORS.items()
               if (value := getattr(config, name, None)) not in (None, 0, 1, 1.0)] or [[1.0]]
     if len(caps) > 1 or len(scales) > 1:
-        raise RefusedError(f"the config of {type(base).__name__} has several fields that change logits "
-                           f"({', '.join(n for n in (*_CAPS, *_FACTORS) if getattr(config, n, None))}): their order is not known")
+        names = ", ".join(name for name in (*_CAPS, *_FACTORS) if getattr(config, name, None))
+        raise RefusedError(f"the config of {type(base).__name__} has several fields that change logits ({names}): their "
+                           "order is not known")
     return [Head(weight=layer.weight, bias=layer.bias, scale=float(scale), softcap=caps[0] if caps else None)
             for scale in scales[0]]
 
@@ -126,12 +129,8 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> Head:
     weight = found[0].weight
     if input_ids is None:
         input_ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
-    was = base.training
-    base.eval()
-    try:
+    with in_eval_mode(base):
         hidden, output = hidden_states(base, input_ids=input_ids)
-    finally:
-        base.train(was)
     want = output.logits[:, -1].float()
     tolerance = _TOLERANCE if want.dtype is weight.dtype else 3e-2
     off = {head.scale: _off(head.logits(hidden[:, -1]), want) for head in found}
@@ -139,10 +138,23 @@ def check_head(model: nn.Module, input_ids: Tensor | None = None) -> Head:
     if not off[best] <= tolerance:
         raise RefusedError(
             f"the logits of {type(base).__name__} are not head(hidden states) with scale {best} and soft cap "
-            f"{found[0].softcap}: off by {off[best]:.1e} of the largest. The model does something to its hidden states or logits "
-            "that farskip_fx.distill does not know, so its KL would be that of another model")
+            f"{found[0].softcap}: off by {off[best]:.1e} of the largest. The model does something to its hidden states or "
+            "logits that farskip_fx.distill does not know, so its KL would be that of another model")
     return next(head for head in found if head.scale == best)
 
 
 def _off(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,8 +1,9 @@
 """Weight-only int8 for a frozen model, experts included.
 
-torchao's ``quantize_`` handles ``nn.Linear``. Experts are 3-D parameters that grouped matmuls and loops read in many ways, so
-here a wrapper around the module that owns them keeps int8 values with one scale for each row (torchao's ``Int8Tensor``, symmetric)
-and hands the module widened weights for one call (``torch.func.functional_call``): those of one layer exist at a time.
+torchao's ``quantize_`` handles ``nn.Linear``. Experts are 3-D parameters that grouped matmuls and loops read in many ways,
+so here a wrapper around the module that owns them keeps int8 values with one scale for each row (torchao's ``Int8Tensor``,
+symmetric) and hands the module widened weights for one call (``torch.func.functional_call``): those of one layer exist at a
+time.
 
 Left as they are: the head (the loss reads it), embeddings, norms, and routers (a small change of a router changes which
 experts a token gets).

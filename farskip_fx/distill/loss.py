@@ -121,8 +121,8 @@ def distillation_loss(hidden: Tensor, head: Head, teacher: Dense | TopK, targets
             ``ignore_index`` count nowhere, and no logits are computed for them.
         temperature: of both distributions in the KL.
         kl, cross_entropy: weights of the two terms.
-        items: divide the sum over tokens by this: the number of targets of the whole step, over accumulation and ranks. None:
-            by the targets of this call.
+        items: divide the sum over tokens by this: the number of targets of the whole step, over accumulation and ranks.
+            None: by the targets of this call.
         chunk_mb: MiB of one [chunk, vocabulary] buffer in float32; about four of them exist at a time.
 
     Returns:
@@ -348,16 +348,16 @@ def _check(hidden: Tensor, head: Head, teacher: Dense | TopK, targets: Tensor, t
     if hidden.shape[-1] != head.weight.shape[1]:
         raise ConfigError(f"hidden states of {hidden.shape[-1]} do not fit a head of {tuple(head.weight.shape)}")
     if len(targets) != len(hidden):
-        raise ConfigError(f"{len(targets)} targets for {len(hidden)} positions: targets are shifted already, and there is one "
-                          "for each position (ignore_index at the last)")
+        raise ConfigError(f"{len(targets)} targets for {len(hidden)} positions: targets are shifted already, and there is "
+                          "one for each position (ignore_index at the last)")
     if isinstance(teacher, Dense):
         rows, other = len(teacher.hidden), teacher.head.weight.shape[0]
         if other != vocabulary:
-            raise ConfigError(f"the teacher's vocabulary has {other} tokens and the student's {vocabulary}: the teacher is the "
-                              "same model before its conversion")
+            raise ConfigError(f"the teacher's vocabulary has {other} tokens and the student's {vocabulary}: the teacher is "
+                              "the same model before its conversion")
     else:
         rows = len(teacher.indices)
         if teacher.indices.shape[-1] > vocabulary:
-            raise ConfigError(f"{teacher.indices.shape[-1]} tokens of the teacher were kept, of a vocabulary of {vocabulary}")
+            raise ConfigError(f"{teacher.indices.shape[-1]} tokens of the teacher were kept, of {vocabulary} there are")
     if rows != len(hidden):
         raise ConfigError(f"the teacher has {rows} positions and the student {len(hidden)}")

@@ -27,7 +27,7 @@ from torch import nn
 from ..config import FarskipConfig
 from ..convert import Converted, apply, converted_of
 from ..errors import ConfigError
-from .head import base_of, check_head, hidden_states
+from .head import base_of, check_head, hidden_states, in_eval_mode
 from .loss import Dense, Head
 
 MODES = ("copy", "int8", "shared", "cached")
@@ -129,8 +129,8 @@ def require_original(model: nn.Module, *, of: str) -> None:
     if converted_of(model) is not None or saved is not None:
         raise ConfigError(
             f"the {of} is converted already ({saved}), so it is not the original that the student is to imitate. Give "
-            "farskip_fx.distill the unconverted model: it converts the student itself. To go on from a converted checkpoint, "
-            "pass the original as teacher_model=")
+            "farskip_fx.distill the unconverted model: it converts the student itself. To go on from a converted "
+            "checkpoint, pass the original as teacher_model=")
 
 
 def require_adapters(model: nn.Module) -> None:
@@ -141,23 +141,10 @@ def require_adapters(model: nn.Module) -> None:
     prefix = getattr(model.base_model, "prefix", "lora_")
     others = [name for name, p in model.named_parameters() if p.requires_grad and prefix not in name]
     if others:
-        raise ConfigError(f'teacher="shared", but {len(others)} trainable parameters are no adapters ({others[0]}, ...): with '
-                          'them the teacher would change, too. Freeze them, or use teacher="copy"')
+        raise ConfigError(f'teacher="shared", but {len(others)} trainable parameters are no adapters ({others[0]}, ...): '
+                          'with them the teacher would change, too. Freeze them, or use teacher="copy"')
     for name, settings in model.peft_config.items():
         how = getattr(settings, "init_lora_weights", True)
         if isinstance(how, str) and how.lower().startswith(_CHANGE_THE_BASE):
-            raise ConfigError(f'adapter {name!r} was made with init_lora_weights={how!r}, which changes the base weights: with '
-                              'the adapters off that is not the original. Use the usual initialisation, or teacher="copy"')
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; afterwards each as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+            raise ConfigError(f'adapter {name!r} was made with init_lora_weights={how!r}, which changes the base weights: '
+                              'with the adapters off that is not the original. Use the usual one, or teacher="copy"')

@@ -18,10 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import (EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, TrainingArguments,
-                          default_data_collator)
+from transformers import (EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback,
+                          TrainingArguments, default_data_collator)
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from ..convert import apply
@@ -41,7 +40,7 @@ RUN = "distill.yaml"
 def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = None, *, args: TrainingArguments,
             eval_dataset=None, data_collator=None, tasks: Mapping[str, Task] | None = None,
             bytes_a_token: float | Tensor | None = None, teacher_model: nn.Module | None = None, data_parallel=None,
-            prepare: Callable[[nn.Module, Teacher], None] | None = None, resume: bool | str = False, **options) -> DistillTrainer:
+            prepare: Callable[[nn.Module], object] | None = None, resume: bool | str = False, **options) -> DistillTrainer:
     """Convert ``model`` in place and train it to agree with what it was.
 
     Args:
@@ -56,7 +55,8 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
         bytes_a_token: for "eval_bits_per_byte", see ``evaluate``.
         teacher_model: the original, where ``model`` is a converted checkpoint that training goes on from.
         data_parallel: with sharded experts: the ranks that hold the same experts, ``mesh["dp"]`` (a mesh of one for none).
-        prepare: called with the converted student and its teacher before training: a refit of the weights, say.
+        prepare: called with the student before its conversion and after the teacher is made: a refit of its weights, say. Not
+            in a run that is resumed.
         resume: True: from the last complete checkpoint in ``args.output_dir``, or from the beginning if there is none. A
             path: from that one.
 
@@ -70,13 +70,16 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
     config = DistillConfig.from_dict({**given, **options})
     teacher, eval_teacher, dataset, eval_dataset, data_collator = _teachers(
         config, model, teacher_model, dataset, eval_dataset, data_collator, args)
-    apply(model, config.farskip())
     checkpoint = last_checkpoint(args.output_dir) if resume is True else resume or None
+    if prepare is not None and config.teacher == "shared":
+        raise ConfigError('prepare changes the weights that teacher="shared" uses; use teacher="copy", "int8" or "cached"')
     if prepare is not None and checkpoint is None:
-        prepare(model, teacher)
-    trainer = DistillTrainer(model, args, config=config, teacher=teacher, eval_teacher=eval_teacher, train_dataset=dataset,
-                             eval_dataset=eval_dataset, data_collator=data_collator, tasks=tasks, bytes_a_token=bytes_a_token,
-                             data_parallel=data_parallel)
+        prepare(model)
+    apply(model, config.farskip())
+    trainer = DistillTrainer(
+        model, args, config=config, teacher=teacher, eval_teacher=eval_teacher, train_dataset=dataset,
+        eval_dataset=eval_dataset, data_collator=data_collator, tasks=tasks, bytes_a_token=bytes_a_token,
+        data_parallel=data_parallel)
     trainer.save_run()
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
@@ -96,7 +99,8 @@ def _teachers(config: DistillConfig, model: nn.Module, original: nn.Module | Non
         folder, live = Path(config.cache) / name, None
         if not (folder / INDEX).exists():
             live = live or _live_teacher(original, args.device)
-            build(folder, live, data, top_k=config.top_k, temperature=config.temperature, batch=args.per_device_eval_batch_size)
+            build(folder, live, data, top_k=config.top_k, temperature=config.temperature,
+                  batch=args.per_device_eval_batch_size)
         opened.append(CachedTeacher.open(folder, original, len(data), top_k=config.top_k, temperature=config.temperature))
     return (*opened, Rows(dataset), None if eval_dataset is None else Rows(eval_dataset),
             with_rows(collator or default_data_collator))
@@ -175,7 +179,7 @@ class DistillTrainer(Trainer):
     def _head(self) -> Head:
         """The student's: its tensors change place when a trainer moves or shards them. How the logits are made does not."""
         head, checked = head_of(self.model), self._plain_head
-        return head if checked is None else Head(weight=head.weight, bias=head.bias, scale=checked.scale, softcap=checked.softcap)
+        return head if checked is None else dataclasses.replace(head, scale=checked.scale, softcap=checked.softcap)
 
     def _router_logits(self, part: str) -> dict:
         wanted = part == "train" and bool(self.distillation.router_aux_loss)
@@ -186,8 +190,9 @@ class DistillTrainer(Trainer):
         found = getattr(output, "aux_loss", None)
         coefficient = getattr(base_of(self.model).config, "router_aux_loss_coef", None)
         if found is None or coefficient is None:
-            raise ConfigError(f"router_aux_loss={self.distillation.router_aux_loss}, but {type(base_of(self.model)).__name__} "
-                              "returns no aux_loss (or its config no router_aux_loss_coef); leave the option at 0")
+            raise ConfigError(f"router_aux_loss={self.distillation.router_aux_loss}, but "
+                              f"{type(base_of(self.model)).__name__} returns no aux_loss, or its config has no "
+                              "router_aux_loss_coef; leave the option at 0")
         return self.distillation.router_aux_loss * coefficient * found / self.current_gradient_accumulation_steps
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -249,8 +254,8 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints to resume from have the model's own names of weights, because Trainer reads them by those names.
 
-        save_pretrained alone writes the names of the model's release, each expert by itself; Trainer (transformers 5.24) then
-        finds no weights for the stacked experts, warns, and goes on with those of the original.
+        save_pretrained alone writes the names of the model's release, each expert by itself; Trainer (transformers 5.24)
+        then finds no weights for the stacked experts, warns, and goes on with those of the original.
         """
         if not self._own_names or not isinstance(self.model, PreTrainedModel) or not self.args.should_save:
             return super()._save(output_dir, state_dict)
@@ -266,9 +271,10 @@ class DistillTrainer(Trainer):
         read = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}      # a tied one is there once
         lost = sorted(name for name in missing if name in state and state[name].data_ptr() not in read)
         if lost or load_result.unexpected_keys:
-            raise CheckpointError(f"the checkpoint has no {', '.join(lost[:3]) or 'weight missing'}, and "
-                                  f"{len(load_result.unexpected_keys)} weights that the model does not have: it is of another model, "
-                                  "or was written by another release. Resume from a checkpoint of this run")
+            raise CheckpointError(
+                f"the checkpoint lacks {len(lost)} weights of the model ({', '.join(lost[:3])}) and has "
+                f"{len(load_result.unexpected_keys)} others: it is of another model, or was written by another release. "
+                "Resume from a checkpoint of this run")
 
     # --- the run --------------------------------------------------------------------------------------------------------
 
@@ -370,15 +376,15 @@ def _shard_gradients(model: nn.Module, args: TrainingArguments, group) -> float 
     shards = [m.__dict__["_farskip_experts"] for m in model.modules() if "_farskip_experts" in m.__dict__]
     if not shards:
         if group is not None:
-            raise ConfigError("data_parallel is for sharded experts (call farskip_fx.expert_parallel first); without them Trainer "
-                              "averages the gradients by itself")
+            raise ConfigError("data_parallel is for sharded experts (call farskip_fx.expert_parallel first); without them "
+                              "Trainer averages the gradients by itself")
         return None
     if shards[0].exchange != "all_to_all":
-        raise ConfigError(f"exchange={shards[0].exchange!r}: Trainer gives each rank its own batch, and this exchange needs one batch "
-                          'for all ranks of the expert group; use expert_parallel(model, group, exchange="all_to_all")')
+        raise ConfigError(f"exchange={shards[0].exchange!r}: Trainer gives each rank its own batch, and this exchange needs "
+                          "one for all ranks of the expert group; use expert_parallel(model, group, exchange='all_to_all')")
     if args.save_strategy != "no":
-        raise ConfigError("Trainer would save this rank's experts as if they were all: set save_strategy=\"no\", and save with "
-                          "farskip_fx.save_checkpoint (a TrainerCallback's on_step_end is a good place)")
+        raise ConfigError("Trainer would save this rank's experts as if they were all: set save_strategy=\"no\", and save "
+                          "with farskip_fx.save_checkpoint (a TrainerCallback's on_step_end is a good place)")
     data_parallel(model, group)
     limit, args.max_grad_norm = args.max_grad_norm, 0.0      # Trainer's own clipping takes this rank's norm
     return limit
@@ -388,9 +394,9 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
     if args.label_smoothing_factor:
         raise ConfigError("label_smoothing_factor belongs to a loss on labels; leave it at 0")
     if args.use_liger_kernel:
-        raise ConfigError("use_liger_kernel replaces forwards of the model, and the student's is compiled already; leave it out")
+        raise ConfigError("use_liger_kernel replaces forwards of the model, and the student's is compiled; leave it out")
     if args.torch_compile:
-        raise ConfigError("torch_compile would compile around the converted model; leave it out: farskip_fx compiles the student")
+        raise ConfigError("torch_compile would compile around the converted model; leave it out, farskip_fx compiles it")
     if args.n_gpu > 1:
         raise ConfigError("several devices in one process (nn.DataParallel) are not supported: start with torchrun, or set "
                           "CUDA_VISIBLE_DEVICES to one device")
@@ -398,9 +404,9 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
         return
     metric = args.metric_for_best_model
     if metric is None or metric.removeprefix("eval_") != config.stop_metric.removeprefix("eval_"):
-        raise ConfigError(f"stop_metric={config.stop_metric!r} needs TrainingArguments(eval_strategy=\"steps\", eval_steps=..., "
-                          f"metric_for_best_model={config.stop_metric!r}, greater_is_better=..., load_best_model_at_end=True), "
-                          f"got metric_for_best_model={metric!r}")
+        raise ConfigError(f"stop_metric={config.stop_metric!r} needs TrainingArguments(eval_strategy=\"steps\", "
+                          f"eval_steps=..., metric_for_best_model={config.stop_metric!r}, greater_is_better=..., "
+                          f"load_best_model_at_end=True), got metric_for_best_model={metric!r}")
     if args.greater_is_better is None:
         raise ConfigError(f"stop_metric={config.stop_metric!r} needs TrainingArguments(greater_is_better=True or False)")
 
@@ -408,5 +414,6 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
 def _changed(args: TrainingArguments) -> dict:
     """The training arguments that are not at their default, as plain values."""
     usual = {f.name: f.default for f in dataclasses.fields(args)}       # (a second TrainingArguments would reset accelerate)
+    plain = (str, int, float, bool, list, dict)
     return {name: value for name, value in args.to_dict().items()
-            if name in usual and name != "hub_token" and value != usual[name] and isinstance(value, (str, int, float, bool, list, dict))}
+            if name in usual and name != "hub_token" and value != usual[name] and isinstance(value, plain)}
