@@ -1,0 +1,144 @@
+"""A converted model gets its accuracy back: a small MoE language model, trained here, converted, repaired.
+
+    python examples/distill_tiny.py --train-teacher teacher/                       # once; about an hour on one core
+    python examples/distill_tiny.py --teacher teacher/                             # convert, refit, measure
+
+The teacher is Qwen3-MoE (or, with --family deepseek_v3, a DeepSeek-V3 with latent attention and a shared expert) of 8
+layers and 3.6 M parameters over the bytes of Python's own standard library. Training saves as it goes; the same command
+goes on where it was stopped.
+"""
+import argparse
+import math
+import os
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+
+SEQUENCE, BATCH = 256, 16
+LEARNING_RATE, WARM_UP = 2e-3, 100
+
+_COMMON = dict(vocab_size=256, hidden_size=128, num_hidden_layers=8, num_attention_heads=4, moe_intermediate_size=128,
+               num_experts_per_tok=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
+               eos_token_id=None, pad_token_id=None)
+CONFIGS = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(num_key_value_heads=2, head_dim=32, intermediate_size=256, num_experts=8,
+                                        norm_topk_prob=True, router_aux_loss_coef=0.01, **_COMMON),
+    "deepseek_v3": lambda: DeepseekV3Config(num_key_value_heads=4, intermediate_size=384, n_routed_experts=8,
+                                            n_shared_experts=1, n_group=2, topk_group=2, first_k_dense_replace=1,
+                                            q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32,
+                                            v_head_dim=32, **_COMMON),
+}
+
+
+def new_model(family: str = "qwen3_moe", seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="sdpa")
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def load_model(path: str | Path) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+def standard_library() -> tuple[torch.Tensor, torch.Tensor]:
+    """(training, held-out) bytes, uint8: the .py files of this Python without its tests; every 20th file is held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
+    parts = [b"".join(path.read_bytes() for i, path in enumerate(files) if (i % 20 == 10) is held) for held in (False, True)]
+    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
+
+
+def draw(text: torch.Tensor, seed: int, size: int = BATCH) -> torch.Tensor:
+    """A batch of token ids [size, SEQUENCE]; the same seed gives the same batch, whatever was drawn before."""
+    starts = torch.randint(0, len(text) - SEQUENCE, (size,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([text[s:s + SEQUENCE] for s in starts]).long()
+
+
+def held_out_batches(text: torch.Tensor, sequences: int = 256) -> list[torch.Tensor]:
+    """Evenly spaced sequences of the held-out text, as batches."""
+    starts = torch.linspace(0, len(text) - SEQUENCE - 1, sequences).long()
+    return list(torch.stack([text[s:s + SEQUENCE] for s in starts]).long().split(BATCH))
+
+
+@torch.no_grad()
+def measure(model: nn.Module, batches: list[torch.Tensor]) -> tuple[float, float]:
+    """(loss in nats a byte, next-token accuracy in percent)."""
+    loss = hits = count = 0
+    for ids in batches:
+        logits, target = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        loss += F.cross_entropy(logits, target, reduction="sum").item()
+        hits += (logits.argmax(-1) == target).sum().item()
+        count += target.numel()
+    return loss / count, 100 * hits / count
+
+
+# --- the teacher --------------------------------------------------------------------------------------------------
+
+def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 3000, seed: int = 0, save_every: int = 200) -> None:
+    """AdamW, cosine to zero, BATCH x SEQUENCE bytes a step; the model goes to ``path`` as safetensors."""
+    path.mkdir(parents=True, exist_ok=True)
+    text, held_out = standard_library()
+    model, held_out = new_model(family, seed).train(), held_out_batches(held_out, 64)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1},
+                                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+                                  lr=LEARNING_RATE, betas=(0.9, 0.95))
+    state, first, seconds = path / "training.pt", 0, 0.0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        if (saved["family"], saved["steps"], saved["seed"]) != (family, steps, seed):
+            raise SystemExit(f"{state} is of another run ({saved['family']}, {saved['steps']} steps, seed {saved['seed']}); "
+                             "choose another folder")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, seconds = saved["step"], saved["seconds"]
+    aux = {"output_router_logits": True} if family == "qwen3_moe" else {}
+    began = time.perf_counter() - seconds
+    for step in range(first, steps):
+        rate = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids = draw(text, seed * 1_000_003 + step)
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **aux).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % save_every and step + 1 < steps:
+            continue
+        model.eval()
+        quality = measure(model, held_out)
+        seconds = time.perf_counter() - began
+        print(f"step {step + 1:5d}  held-out loss {quality[0]:.4f}  accuracy {quality[1]:.2f} %  {seconds:.0f} s", flush=True)
+        model.save_pretrained(path)
+        model.train()
+        saved = dict(family=family, steps=steps, seed=seed, step=step + 1, seconds=seconds, model=model.state_dict(),
+                     optimizer=optimizer.state_dict())
+        torch.save(saved, path / "training.pt.new")
+        os.replace(path / "training.pt.new", state)      # a run that is stopped while it saves goes on from the save before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train-teacher", type=Path, metavar="FOLDER", help="train the teacher (or go on), and save it")
+    parser.add_argument("--family", choices=sorted(CONFIGS), default="qwen3_moe")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.train_teacher:
+        train_teacher(arguments.train_teacher, family=arguments.family, steps=arguments.steps, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
