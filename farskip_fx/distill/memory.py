@@ -35,8 +35,8 @@ def main() -> None:
             peak = pool.apply(peak_mib, (given.tokens, given.vocabulary, given.hidden, chunk))
         table.add_row(chunk if chunk == ALL_LOGITS else f"chunks of {chunk:g} MiB", f"{peak:.0f}")
     console = Console()
-    console.print(f"{given.tokens} tokens, vocabulary {given.vocabulary}, hidden {given.hidden}, float32; the logits of one model "
-                  f"are {given.tokens * given.vocabulary / 2**18:.0f} MiB", highlight=False)
+    console.print(f"{given.tokens} tokens, vocabulary {given.vocabulary}, hidden {given.hidden}, float32; the logits of one "
+                  f"model are {given.tokens * given.vocabulary / 2**18:.0f} MiB", highlight=False)
     console.print(table)
 
 
