@@ -33,8 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .head import base_of
-from .loss import TopK
+from .head import base_of, check_head
+from .loss import Head, TopK
 from .teacher import Teacher
 
 FORMAT = 1
@@ -113,8 +113,8 @@ def build(folder: str | Path, teacher: Teacher, dataset, *, top_k: int, temperat
 class CachedTeacher:
     """A folder that ``build`` wrote, for the dataset and the model that it was written for."""
 
-    def __init__(self, folder: Path, index: dict) -> None:
-        self.folder, self.index = folder, index
+    def __init__(self, folder: Path, index: dict, head: Head) -> None:
+        self.folder, self.index, self.head = folder, index, head      # the original's head: how logits are made, checked
         self._files: dict[int, object] = {}
 
     @classmethod
@@ -126,6 +126,7 @@ class CachedTeacher:
 
         Raises:
             ConfigError: there is no complete cache, or it is another model's, dataset's or configuration's.
+            RefusedError: the model's logits are not understood (see head.py).
         """
         folder = Path(folder)
         if not (folder / INDEX).exists():
@@ -137,7 +138,7 @@ class CachedTeacher:
             if index.get(name) != value:
                 raise ConfigError(f"the cached teacher in {folder} has {name}={index.get(name)!r}, and this run {value!r}: "
                                   "its log-probabilities are not those of this run's teacher. Use another folder")
-        return cls(folder, index)
+        return cls(folder, index, check_head(model))
 
     def __call__(self, *, rows: Sequence[int] | Tensor, input_ids: Tensor, **_) -> TopK:
         """What the teacher says about a batch.

@@ -55,8 +55,8 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
         bytes_a_token: for "eval_bits_per_byte", see ``evaluate``.
         teacher_model: the original, where ``model`` is a converted checkpoint that training goes on from.
         data_parallel: with sharded experts: the ranks that hold the same experts, ``mesh["dp"]`` (a mesh of one for none).
-        prepare: called with the student before its conversion and after the teacher is made: a refit of its weights, say. Not
-            in a run that is resumed.
+        prepare: called with the student before its conversion and after the teacher is made: a refit of its weights, say.
+            Not in a run that is resumed.
         resume: True: from the last complete checkpoint in ``args.output_dir``, or from the beginning if there is none. A
             path: from that one.
 
@@ -132,7 +132,6 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True       # Trainer then counts the targets of the whole step
         self.loss_is_scaled_for_ga = True           # and compute_loss divides by that count
         self._loss_shifts_labels = True             # position 0 is no target
-        self._plain_head = getattr(teacher, "head", None)
         self._parallel = _shard_gradients(model, args, data_parallel)
         self._sums: dict[str, Sums | None] = {"train": None, "eval": None}
         self._since: float | None = None
@@ -178,8 +177,8 @@ class DistillTrainer(Trainer):
 
     def _head(self) -> Head:
         """The student's: its tensors change place when a trainer moves or shards them. How the logits are made does not."""
-        head, checked = head_of(self.model), self._plain_head
-        return head if checked is None else dataclasses.replace(head, scale=checked.scale, softcap=checked.softcap)
+        checked = self.teacher.head
+        return dataclasses.replace(head_of(self.model), scale=checked.scale, softcap=checked.softcap)
 
     def _router_logits(self, part: str) -> dict:
         wanted = part == "train" and bool(self.distillation.router_aux_loss)
