@@ -104,9 +104,9 @@ def lora(model, **options):
 def test_shared_is_the_copy():
     """One set of weights, two compiled forwards; the gradient is the copy's to the last bit."""
     student = lora(model_of())
-    shared = make_teacher("shared", student, inner="eager")
-    copied = make_teacher("copy", model_of(), inner="eager")
-    fs.apply(student, connectivity="farskip", inner="eager")
+    shared = make_teacher("shared", student, inner="aot_eager")
+    copied = make_teacher("copy", model_of(), inner="aot_eager")       # compiled, too, with connectivity "none"
+    fs.apply(student, connectivity="farskip", inner="aot_eager")
     student.train()
     for _ in range(2):      # the student's forward in between changes nothing
         target = shared(input_ids=IDS, use_cache=False)
