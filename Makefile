@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo bench test families clean
+.PHONY: setup demo bench test families gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ bench: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+# One NVIDIA GPU and torch >= 2.11: numerics, order and overlap over an emulated link; says so where there is none.
+gpu-check: setup
+	$(BIN)/python -m farskip_fx.bench.gpu $(ARGS)
 
 # docs/families.md: which model families are exact, which are refused and why; a few minutes on one core.
 families: setup

@@ -56,7 +56,7 @@ def reference_logits(model: nn.Module, ids: Tensor, connectivity: str) -> Tensor
 
     core = model.model
     early = full = core.embed_tokens(ids)
-    positions = torch.arange(ids.shape[1])[None]
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = core.rotary_emb(full, positions)
     mask = create_causal_mask(config=model.config, inputs_embeds=full, attention_mask=None, past_key_values=None,
                               position_ids=positions)
