@@ -19,7 +19,7 @@ from .config import FarskipConfig, merge
 from .data_parallel import data_parallel
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
 from .marker import mark
-from .passes._torch import ignored_in_graphs
+from .passes._torch import COMPILED_APART, ignored_in_graphs
 
 
 class Converted:
@@ -42,7 +42,7 @@ class Converted:
         self.disable_compile = None     # what the model's generation_config said before
         # Isolated: every conversion runs this same code object, and must not use up another one's recompiles.
         self._compiled = torch.compile(marked, backend=farskip_backend, options=config.to_dict(), dynamic=dynamic,
-                                       isolate_recompiles=True)
+                                       **COMPILED_APART)
 
     def __call__(self, *args, **kwargs):
         if self._compiled is None:

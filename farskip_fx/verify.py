@@ -15,6 +15,7 @@ from .config import FarskipConfig
 from .convert import Converted, converted_of
 from .errors import ConfigError, RefusedError
 from .interpret import Direct
+from .passes._torch import COMPILED_APART
 from .passes.checkpointing import inline_checkpoints
 from .passes.detect import Blocks, detect, is_busy
 from .passes.normalize import normalize
@@ -168,7 +169,7 @@ class _Trace:
 def _original(converted: Converted, trace: _Trace) -> Callable:
     """The original forward, traced, with the interpretation in place of the compiled graph."""
     forward = converted.__wrapped__
-    compiled = torch.compile(lambda *args, **kwargs: forward(*args, **kwargs), backend=trace, isolate_recompiles=True)
+    compiled = torch.compile(lambda *args, **kwargs: forward(*args, **kwargs), backend=trace, **COMPILED_APART)
 
     def run(*args, **kwargs):
         trace.reference = compiled(*args, **kwargs)

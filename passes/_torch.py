@@ -6,6 +6,7 @@ in this file and nowhere else. (Appended to by several modules; keep the section
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import torch
@@ -38,6 +39,10 @@ def ignored_in_graphs(*functions):
     """A context in which Dynamo drops calls of ``functions`` from what it traces (2.9); of this thread alone (2.13)."""
     import torch._dynamo.config as dynamo_config
     return dynamo_config.patch(ignore_logging_functions={*dynamo_config.ignore_logging_functions, *functions})
+
+
+# ``torch.compile(isolate_recompiles=...)``: 2.13. Before, all conversions of one process share Dynamo's limit of recompiles.
+COMPILED_APART = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 # --- inner compilers: farskip_fx/inner.py ------------------------------------------------------------------------
@@ -323,9 +328,12 @@ def _has_setting(name: str) -> bool:
 
 
 def custom_pass_bases():
-    """(CustomGraphPass, CustomSchedulerPass): 2.5 and 2.9. A pass with a ``uuid`` does not switch the caches off."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, CustomSchedulerPass
-    return CustomGraphPass, CustomSchedulerPass
+    """(CustomGraphPass, CustomSchedulerPass): 2.5 and 2.13. A pass with a ``uuid`` does not switch the caches off."""
+    import torch._inductor.custom_graph_pass as module
+    if hasattr(module, "CustomSchedulerPass"):
+        return module.CustomGraphPass, module.CustomSchedulerPass
+    # Before, a scheduler's pass had to be a graph pass for the caches to know its uuid: two kinds of it, to tell them apart.
+    return type("GraphPass", (module.CustomGraphPass,), {}), type("SchedulerPass", (module.CustomGraphPass,), {})
 
 
 def takes_several_passes() -> bool:
@@ -349,10 +357,18 @@ def fake_ranks(size: int) -> None:
 
 
 # --- tracing with split sizes: farskip_fx/expert_parallel.py -----------------------------------------------------
-# 2.12: config for a few traced lines; a size for the estimators of whoever meets an unbacked symbol.
-from torch._dynamo import override_optimization_hint, patch_dynamo_config  # noqa: E402, F401
+from torch._dynamo import patch_dynamo_config  # noqa: E402, F401  2.9: config for a few traced lines
 from torch._guards import TracingContext  # noqa: E402  2.0
-from torch.fx.experimental.symbolic_shapes import optimization_hint  # noqa: E402, F401  2.12
+
+try:        # 2.12: a size for the estimators of whoever meets an unbacked symbol
+    from torch._dynamo import override_optimization_hint  # noqa: F401
+    from torch.fx.experimental.symbolic_shapes import optimization_hint  # noqa: F401
+except ImportError:
+    def override_optimization_hint(symbol, hint) -> None:
+        """Before 2.12 Inductor estimates with its own default."""
+
+    def optimization_hint(size, fallback):
+        return size if isinstance(size, int) else fallback
 
 
 @torch.compiler.assume_constant_result
