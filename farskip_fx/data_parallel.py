@@ -94,7 +94,7 @@ def data_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None
         model: sharded by `expert_parallel`, or without experts (then every parameter is dense).
         group: the ranks with a replica of this rank's experts: a 1-D DeviceMesh (`mesh["dp"]`) or a process group. None: no
             replicas (dp = 1), only the ranks of the expert group average their dense parameters.
-        bucket_mb: MiB of gradients in one collective.
+        bucket_mb: MiB of gradients in one collective, at most; a small model has smaller buckets.
         shard: keep of each dense parameter only this rank's rows, as FSDP2 does; in place, before the optimizer is made.
             Every rank must have equal weights.
 
@@ -215,6 +215,9 @@ def averaged(kind: tuple, *parameters: Tensor) -> tuple[Tensor, ...]:
     return _Average.apply(Mean(*kind[:3]), *parameters)
 
 
+_PARTS, _SMALLEST = 8, 1 << 18      # buckets at least, bytes of a bucket worth a collective
+
+
 def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParallel, *, paused: bool = False) -> int:
     """Insert the means into a Dynamo graph, for each trainable parameter that enters it; the number of buckets.
 
@@ -238,6 +241,8 @@ def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParal
         if mean.divisor > 1:
             kind = (*mean, str(parameter.dtype), str(parameter.device))
             entrances.append(Entrance(nodes=tuple(nodes), kind=kind, size=parameter.nbytes))
+    # What leaves last is hidden by nothing, so a small model must not be one bucket.
+    limit = min(limit, max(sum(e.size for e in entrances) // _PARTS, _SMALLEST))
     buckets = in_buckets(gm.graph, entrances, limit)
     if buckets:
         insert_means(gm.graph, buckets, averaged)

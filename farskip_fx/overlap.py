@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from .passes import _torch, fence
 from .passes.costs import Rates
+from .passes.early_means import launch_means_early
 from .passes.prefetch import prefetch
 from .passes.schedule import Schedule, schedule
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .report import Report
 
 _GraphPass, _SchedulerPass = _torch.custom_pass_bases()
-_SOURCES = ("_torch.py", "costs.py", "dataflow.py", "fence.py", "prefetch.py", "schedule.py", "simulate.py")
+_SOURCES = ("_torch.py", "costs.py", "dataflow.py", "early_means.py", "fence.py", "prefetch.py", "schedule.py", "simulate.py")
 
 
 def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]:
@@ -96,12 +97,13 @@ class _Pass:
 
 
 class FarskipSchedule(_Pass, _GraphPass):
-    """Post-grad graph: asks early for sliced parameters, orders compute and collectives."""
+    """Post-grad graph: asks early for sliced parameters, sends means of gradients early, orders compute and collectives."""
 
     def __call__(self, graph) -> None:
         spec = json.loads(self._spec)
         with self._errors_told():
             prefetch(graph)
+            launch_means_early(graph)
             self._tell(schedule(graph, rates=Rates(**spec["rates"]), max_memory=spec["max_memory"]))
 
 

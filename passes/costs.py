@@ -59,6 +59,8 @@ class Rates:
         kernel_overhead: seconds a kernel takes with no work.
         link_compute_share: share of the compute device that a running collective takes. gloo's threads run on the
             rank's own core; a GPU's copy engines do not (0).
+        one_link: collectives of all process groups go over one link, one after the other; False: each group has its own
+            (exchanges inside of a node and means of gradients between nodes, say).
     """
     matmul_flops: float = 90e9
     attention_flops: float = 60e9
@@ -67,6 +69,7 @@ class Rates:
     link_latency: float = 1e-3
     kernel_overhead: float = 5e-6
     link_compute_share: float = 0.05
+    one_link: bool = True
 
     def __post_init__(self) -> None:
         for name in ("matmul_flops", "attention_flops", "memory_bytes", "link_bytes"):

@@ -13,9 +13,9 @@ Terms
   launch, wait  a functional collective and its ``wait_tensor``; in between it is *in flight*
   item          a few nodes that move as one: a kernel with the views and small loops that only it needs or feeds
   order         a permutation of items; a program
-  simulation    one compute stream runs the order; each group's link runs its collectives first in, first out:
-                a collective starts at max(link free, now), and a wait idles until it is done. While a link is busy the
-                compute stream runs at (1 - link_compute_share)
+  simulation    one compute stream runs the order; the link (or each group's own, ``Rates.one_link``) runs collectives
+                first in, first out: one starts at max(link free, now), and a wait idles until it is done. While a link
+                is busy the compute stream runs at (1 - link_compute_share)
   tail, head    longest path, through compute and links, from an item to the end, and from the start to an item
   bound         no order can be faster; see ``simulate.lower_bound``
 
@@ -109,7 +109,7 @@ def schedule(graph: Graph, *, rates: Rates, max_memory: int | None = None,
     seconds = costs.graph_seconds(graph, rates)
     links = {n: costs.link_seconds(n, rates) for n in nodes if is_launch(n)}
     rules = _Rules(nodes, compute_namespaces)
-    program = _Program(nodes, rules, seconds, links, rates.link_compute_share)
+    program = _Program(nodes, rules, seconds, links, rates)
     memory = _Memory(nodes)
     before, peak_before = program.simulate(nodes), memory.peak(nodes)
     best, after, peak, reason = nodes, before, peak_before, "no collectives"
@@ -247,16 +247,16 @@ class _Program:
     """The graph as items for the search, and orders of items as orders of nodes."""
 
     def __init__(self, nodes: Sequence[Node], rules: _Rules, seconds: dict[Node, float], links: dict[Node, float],
-                 share: float) -> None:
+                 rates: Rates) -> None:
         self._seconds = seconds
         self._links = links
-        self._share = share
+        self._share = rates.link_compute_share
         self._first = [n for n in nodes if n.op in _ENDS[:2]]
         self._last = [n for n in nodes if n.op == _ENDS[2]]
         inner = [n for n in nodes if n.op not in _ENDS]
         self._number = {n: i for i, n in enumerate(n for n in inner if n in links)}
         groups: dict[str, int] = {}
-        self._group = {n: groups.setdefault(costs.group_of(n), len(groups)) for n in self._number}
+        self._group = {n: groups.setdefault("" if rates.one_link else costs.group_of(n), len(groups)) for n in self._number}
         head_of = _merge(inner, rules, seconds)
         members: dict[Node, list[Node]] = {}
         for node in inner:

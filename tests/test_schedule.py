@@ -1,4 +1,5 @@
 """Schedules of tiny hand-written graphs, over a fake process group. Time goes to the right in the diagrams."""
+import dataclasses
 import itertools
 import operator
 import time
@@ -11,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from farskip_fx.passes import simulate
 from farskip_fx.passes.costs import Rates, is_launch, op_name
+from farskip_fx.passes.early_means import launch_means_early
 from farskip_fx.passes.schedule import schedule
 from farskip_fx.passes.simulate import COMPUTE, LAUNCH, WAIT, Problem
 
@@ -310,12 +312,12 @@ def test_memory_limit():
 
 
 def test_groups_have_links_of_their_own():
-    """Two exchanges at once on two groups take 4 ms together, on one group 8 ms."""
-    def end(group):
+    """Two exchanges at once on two groups take 4 ms together where each has its link, on one group or one link 8 ms."""
+    def end(group, one_link=False):
         gm = traced(lambda x, r: tuple(map(wait, (launch(x, "0"), launch(r, group)))), 2)
-        return schedule(gm.graph, rates=RATES).after_s
+        return schedule(gm.graph, rates=dataclasses.replace(RATES, one_link=one_link)).after_s
 
-    assert end("0") == pytest.approx(8e-3) and end("1") == pytest.approx(4e-3)
+    assert end("0") == pytest.approx(8e-3) and end("1") == pytest.approx(4e-3) and end("1", True) == pytest.approx(8e-3)
 
 
 # --- scale -------------------------------------------------------------------------------------------------------
@@ -461,3 +463,25 @@ def test_bound_and_search_against_every_order(problem):
     assert found[0][0] <= simulate.run(problem, incoming).end
     assert found[0][0] <= 1.35 * best + 1e-9        # list schedules: no guarantee, but never far off at this size
     assert all(sorted(order) == incoming or sorted(order) == sorted(incoming) for _, order in found)
+
+
+def test_a_mean_leaves_behind_the_exchange_that_follows_the_last_one_it_needs():
+    """
+    before   L0 W0 mm  L1 W1 mm  L2 W2      R(x)      R(first mm)   R(last)      means: at the end, the last ready one first
+    after    L0 W0 mm  L1 R R    W1 ...
+    """
+    def backward(x):
+        first = torch.mm(wait(launch(x)), x)
+        second = torch.mm(wait(launch(first)), x)
+        last = wait(launch(second))
+        means = [c10d.all_reduce(g / 2, "sum", "1") for g in (last, first, x)]
+        return last, *map(wait, means)
+
+    gm = traced(backward, 1)
+    before = [n for n in gm.graph.nodes if is_launch(n)]
+    assert launch_means_early(gm.graph) == 2
+    after = [n for n in gm.graph.nodes if is_launch(n)]
+    exchanges, (of_last, of_first, of_x) = before[:3], before[3:]
+    assert after == [exchanges[0], of_x, exchanges[1], of_first, exchanges[2], of_last]
+    schedule(gm.graph, rates=RATES)
+    assert [n for n in gm.graph.nodes if is_launch(n)] == after

@@ -1,0 +1,77 @@
+"""Step 3c: means of gradients get their place among the launches: as soon as they are complete, behind the next exchange.
+
+Contract: a post-grad ATen graph in; the same nodes in another order out. What moves is decided by the graph alone, never by
+sizes or costs, so the launches of all ranks stay in one order.
+
+AOTAutograd puts the means where autograd would run them: at the end of the backward, the first parameters' first. In that
+order of launches, which ``schedule`` keeps, no mean could leave before the last exchange has. Here the mean of a bucket is
+launched after the exchange that follows the last one it needs: behind it and not in front of it, because the next layer waits
+for that exchange, and nothing in this graph waits for the mean.
+
+Terms
+  mean   an all-reduce or reduce-scatter that no other launch needs
+  chain  all other launches, in their order
+"""
+from __future__ import annotations
+
+from torch.fx import Graph, Node
+
+from ._torch import draws_random, has_effect
+from .costs import is_launch, is_wait, op_name
+from .dataflow import storages_of, written_arguments
+
+
+def launch_means_early(graph: Graph) -> int:
+    """Move the launches of means, with what they need; how many were moved."""
+    nodes = list(graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    feeds: dict[Node, bool] = {}            # whether another launch needs it
+    for node in reversed(nodes):
+        feeds[node] = any(is_launch(user) or feeds[user] for user in node.users)
+    launches = [node for node in nodes if is_launch(node)]
+    means = [n for n in launches if not feeds[n] and ("all_reduce" in op_name(n) or "reduce_scatter" in op_name(n))]
+    chain = [n for n in launches if n not in set(means)]
+    needed = _last_needed(nodes, chain)
+    written = {s for n in nodes if n.op == "call_function" and not is_wait(n) for w in written_arguments(n) for s in storages_of(w)}
+    order = sorted((needed[mean], position[mean]) for mean in means)
+    moved, place = 0, {}                    # place: what the next mean of the same number goes behind
+    for number, at in order:
+        mean = nodes[at]
+        if number + 1 >= len(chain):        # nothing is left to go behind
+            continue
+        behind = place.get(number, chain[number + 1])
+        made = _missing(mean, behind, {n: i for i, n in enumerate(graph.nodes)}, written)
+        if not made:
+            continue
+        for node in made:
+            behind.append(node)
+            behind = node
+        place[number] = behind
+        moved += 1
+    if moved:
+        graph.lint()
+    return moved
+
+
+def _last_needed(nodes: list[Node], chain: list[Node]) -> dict[Node, int]:
+    """For each node the position in ``chain`` of the last launch that it needs; -1: none."""
+    number = {launch: i for i, launch in enumerate(chain)}
+    needed: dict[Node, int] = {}
+    for node in nodes:
+        needed[node] = max((max(needed[s], number.get(s, -1)) for s in node.all_input_nodes), default=-1)
+    return needed
+
+
+def _missing(mean: Node, behind: Node, position: dict[Node, int], written: set[int]) -> list[Node]:
+    """``mean`` and those of its ancestors that stand after ``behind``, in order; empty if one of them must stay there."""
+    made, todo = set(), [mean]
+    while todo:
+        node = todo.pop()
+        if node in made or position[node] <= position[behind]:
+            continue
+        if draws_random(node.target) or has_effect(node.target) or written & {
+                s for source in node.all_input_nodes for s in storages_of(source)}:
+            return []
+        made.add(node)
+        todo += node.all_input_nodes
+    return sorted(made, key=position.__getitem__)
