@@ -67,7 +67,8 @@ def prepare(model: nn.Module) -> Callable[[], AbstractContextManager]:
 def way_to_one_graph(model: nn.Module) -> str | None:
     """What keeps ``model`` from being one graph outside of the scope, and what its user can do; None: nothing known."""
     for name, module in model.named_modules():
-        if forward_over_every_expert(type(module)) is None:
+        every_expert = forward_over_every_expert(type(module))
+        if every_expert is None or type(module).__dict__.get("forward") is every_expert:    # inside the scope
             continue
         switch = ""
         if _is_switched(type(module)):

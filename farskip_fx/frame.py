@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,6 +78,9 @@ class Frame:
                 torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer"):
             return (". Here DDPOptimizer splits the model: set torch._dynamo.config.optimize_ddp = \"no_optimization\", or use "
                     "data_parallel= and no DDP")
+        if any(isinstance(p, DTensor) for m in modules for p in m.parameters(recurse=False)):
+            return (". Here the parameters are DTensors (transformers' tp_plan?), whose redistribution is not understood: load the "
+                    "model without it and use farskip_fx.expert_parallel(model, group, exchange=\"all_reduce\")")
         way = way_to_one_graph(self.module) if self.module is not None else None
         if way:
             return f". Here {way}"
