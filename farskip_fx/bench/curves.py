@@ -63,7 +63,8 @@ def curve(setting: str, seed: int, args: argparse.Namespace, said: Callable[[int
 
     torch._dynamo.reset()
     torch.manual_seed(seed)
-    model, training, held_out = model_of(args.layers, args.hidden), *text()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, training, held_out = model_of(args.layers, args.hidden).to(device), *text()
     rank, world, parallel = 0, 1, {}
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -74,7 +75,7 @@ def curve(setting: str, seed: int, args: argparse.Namespace, said: Callable[[int
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
 
     def loss_of(ids: Tensor) -> Tensor:
-        own = ids.chunk(world)[rank]
+        own = ids.chunk(world)[rank].to(device)
         return model(input_ids=own, labels=own).loss
 
     losses = []
