@@ -95,9 +95,13 @@ class Program:
         depends = {n for n in self.flow.nodes if (self.flow.ancestors(n) | self.flow.bit(n)) & first}
         inside = {n for first, last in self._vmapped for n in self.flow.nodes[first:last + 1]
                   if any(m in depends for m in self.flow.nodes[first:last + 1])}
-        nodes = [n for n in self.flow.nodes if n not in depends and n.op not in ("placeholder", "output") and n not in inside
-                 and not self.is_made_of_weights(n)]
-        return nodes, [n for n in nodes if not self._is_blank(n)
+        nodes: dict[Node, None] = {}
+        for n in self.flow.nodes:
+            # Of a shape only (``empty_like``): its value does not depend on the states, but its argument does.
+            by_shape = any(a not in nodes and a.op != "placeholder" and not self.is_made_of_weights(a) for a in self._inputs[n])
+            if not (n in depends or n in inside or by_shape or n.op in ("placeholder", "output") or self.is_made_of_weights(n)):
+                nodes[n] = None
+        return list(nodes), [n for n in nodes if not self._is_blank(n)
                        and any(u in depends or self.is_made_of_weights(u) for u in self._users(n))]
 
     def run_all(self, nodes: Iterable[Node], known: Mapping[Node, object]) -> Values:
@@ -140,9 +144,9 @@ class Program:
                     values.pop(a, None)
         return {n: value(n) for n in wanted}
 
-    def needs(self, wanted: Iterable[Node], known: Iterable[Node]) -> list[Node]:
+    def needs(self, wanted: Iterable[Node], known: Mapping[Node, object]) -> list[Node]:
         """Which of ``known`` the values of ``wanted`` are computed from."""
-        given, found, seen, todo = set(known), [], set(), list(wanted)
+        given, found, seen, todo = known, [], set(), list(wanted)
         while todo:
             node = todo.pop()
             if node in seen:

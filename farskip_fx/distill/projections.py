@@ -79,13 +79,12 @@ class Left:
     reason: str
 
 
-def find_projections(program: Program, branch: int, after: Node, routers: int = 0) -> tuple[list[Projection], list[tuple[Node, str]]]:
+def find_projections(program: Program, branch: int, after: Node | None) -> tuple[list[Projection], list[tuple[Node, str]]]:
     """The projections of a branch in graph order, and the maps with weights that are not understood, with the reason.
 
     Args:
         branch: bit set of the branch's nodes.
-        after: the state that it contributes to.
-        routers: bit set of linear maps that are ranked.
+        after: the state that it contributes to; None for the head.
     """
     found, left = [], []
     for node in program.flow.members(branch):
@@ -102,7 +101,7 @@ def find_projections(program: Program, branch: int, after: Node, routers: int = 
             found.append(one)
     found, shared = _used_once(found)
     left += shared
-    return _levels(program, found, branch, after), left
+    return _levels(program, found, after), left
 
 
 def _projection(program: Program, node: Node, name: str, branch: int) -> Projection | str:
@@ -221,15 +220,15 @@ def _slice(one: Projection) -> int | None:
     return picks[0] if len(picks) == 1 and isinstance(picks[0], int) else None
 
 
-def _levels(program: Program, found: list[Projection], branch: int, after: Node) -> list[Projection]:
+def _levels(program: Program, found: list[Projection], after: Node | None) -> list[Projection]:
     flow, level, done = program.flow, {}, []
     for one in found:
         level[one.node] = max((level[o.node] + 1 for o in done if flow.depends(one.data, o.node)), default=0)
-        done.append(replace(one, level=level[one.node], final=_is_final(program, one.node, branch, after)))
+        done.append(replace(one, level=level[one.node], final=after is not None and _is_final(program, one.node, after)))
     return done
 
 
-def _is_final(program: Program, node: Node, branch: int, after: Node) -> bool:
+def _is_final(program: Program, node: Node, after: Node) -> bool:
     """Whether ``after`` is linear in the output of ``node``, row by row."""
     flow = program.flow
     way = [n for n in flow.members(flow.descendants(flow.bit(node), flow.ancestors(after) | flow.bit(after))) if n is not node]

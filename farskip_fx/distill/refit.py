@@ -161,7 +161,8 @@ class _Side:
 
 class _Refit:
     def __init__(self, pair: Pair, names: dict[int, str], *, ridge: float, aim_outputs: bool, group, gram_bytes: int,
-                 deeper: bool = True, aim_experts: bool = True) -> None:
+                 deeper: bool = True, aim_experts: bool = True, head: bool = False) -> None:
+        self.head = head
         self.pair, self.names, self.ridge, self.aim = pair, names, ridge, aim_outputs
         self.group, self.gram_bytes, self.deeper, self.aim_experts = group, gram_bytes, deeper, aim_experts
         given = {**{node: p.detach() for node, p in pair.parameters.items()}, **pair.fixed}
@@ -186,6 +187,10 @@ class _Refit:
                 found = self._stage(stage, end, update, blocks, label)
                 done += [found] if found is not None else []
                 bar.advance(task)
+            if self.head and self.changed:
+                found = self._solve(None, [], "head", [], branch=_head(self.pair))
+                self._commit()
+                done += [found] if found.refitted or found.left else []
         return tuple(done)
 
     # --- one stage: what leads to a stream, or one update of it -----------------------------------------------------
@@ -202,20 +207,24 @@ class _Refit:
         after = [student.ahead(i, stage, twin[end], every=every) for i in count]
         teacher.live, student.live = ahead, after
         if result is not None:
-            for node, changed in self.fresh.items():
-                self.pair.parameters[node].copy_(changed)
-                student.given[twin[node]] = self.pair.parameters[node].detach()
+            self._commit()
         return result
 
-    def _solve(self, update: Update, blocks, label: str, targets: list[Tensor]) -> LayerRefit:
-        branch = routers = routed = 0
-        for contribution in update.contributions:
+    def _commit(self) -> None:
+        """The stage is done, and the teacher never comes back to it: write what is new into the model."""
+        for node, changed in self.fresh.items():
+            self.pair.parameters[node].copy_(changed)
+            self.student.given[self.pair.twin[node]] = self.pair.parameters[node].detach()
+
+    def _solve(self, update: Update | None, blocks, label: str, targets: list[Tensor], branch: int = 0) -> LayerRefit:
+        routers = routed = 0
+        for contribution in update.contributions if update is not None else ():
             branch |= contribution.branch
         for block in blocks:
             routers, routed = routers | block.routers, routed | block.routed
         program = self.teacher.program
         self.imposed = _imposed(program, branch, routers, self.pair.blocks.streams)
-        found, unknown = find_projections(program, branch, update.after, routers)
+        found, unknown = find_projections(program, branch, update.after if update is not None else None)
         left = [Left(parameter=self._name(node), reason=why) for node, why in unknown]
         self.fresh: Values = {}
         refitted: dict[Node, list] = {}
@@ -229,7 +238,7 @@ class _Refit:
             jobs += [(True, experts)] if self.aim_experts else []
             for aims, ones in jobs:
                 for part in self._parts(ones):
-                    self._pass(part, update.after, targets if aims else None, refitted, left)
+                    self._pass(part, update and update.after, targets if aims else None, refitted, left)
         report = [Refitted(parameter=self._name(node), kind=kind, rows=rows, before=_root(before, size), after=_root(after, size))
                   for node, (kind, rows, before, after, size) in refitted.items()]
         return LayerRefit(label=label, refitted=tuple(report), left=tuple(left))
@@ -301,6 +310,8 @@ class _Refit:
             name = self._name(one.parameter) + (f"[{expert}]" if parameter.dim() == 3 else "")
             left.append(Left(parameter=name, reason=f"only {sums.gram.rows} rows for {weight.shape[0]} inputs"))
             return
+        if not sums.squares[0]:     # it reads what the teacher reads
+            return
         change, after = sums.solve(self.ridge)
         weight += change.to(weight.dtype)
         entry = refitted.setdefault(one.parameter, [kind, 0, 0.0, 0.0, 0.0])
@@ -325,16 +336,17 @@ class _Refit:
         """(projection, expert, x, r, target): r is what the student's output lacks of the teacher's."""
         twin, teacher, student = self.pair.twin, self.teacher, self.student
         data = list(dict.fromkeys(one.data for one, _ in part))
-        boundary = teacher.program.needs([n for n in data if n not in self.imposed], self.imposed)
+        read = {one: _read(twin[one.node], one) for one, _ in part}
+        boundary = [n for n in teacher.program.needs(data, ChainMap(self.imposed, teacher.known(batch))) if n in self.imposed]
         offsets = [one.offsets for one, _ in part if one.offsets is not None]
-        wanted = [twin[n] for n in (*data, *boundary, *offsets)]
+        wanted = [*read.values(), *(twin[n] for n in (*boundary, *offsets))]
         own = student.program.evaluate(wanted, student.known(batch))
         forced = {n: own[twin[n]] for n in boundary}
         theirs = teacher.program.evaluate(data, teacher.known(batch, forced))
         for one, experts in part:
             ends = own[twin[one.offsets]] if one.offsets is not None else None
             original, now = self._current(one)
-            for (expert, x), (_, t) in zip(one.rows(own[twin[one.data]], ends), one.rows(theirs[one.data], ends)):
+            for (expert, x), (_, t) in zip(one.rows(own[read[one]], ends), one.rows(theirs[one.data], ends)):
                 if expert not in experts or not x.shape[0]:
                     continue
                 old, new = ((w[expert] if w.dim() == 3 else w).float() for w in (original, now))
@@ -352,7 +364,7 @@ class _Refit:
         ones = list(dict.fromkeys(one for one, _ in part))
         outs, end = [twin[one.node] for one in ones], twin[after]
         beside = _beside(program, outs, end)
-        own = program.evaluate([twin[one.data] for one in ones] + outs + ends_of + beside, known)
+        own = program.evaluate([_read(n, one) for n, one in zip(outs, ones)] + outs + ends_of + beside, known)
 
         def stream(*values: Tensor) -> Tensor:
             given = {**{n: own[n] for n in beside}, **dict(zip(outs, values))}
@@ -370,7 +382,7 @@ class _Refit:
         for one, experts in part:
             i = ones.index(one)
             ends = own[twin[one.offsets]] if one.offsets is not None else None
-            pieces = zip(*(one.rows(v, ends) for v in (own[twin[one.data]], wanted[i], share[i], own[outs[i]])))
+            pieces = zip(*(one.rows(v, ends) for v in (own[_read(outs[i], one)], wanted[i], share[i], own[outs[i]])))
             for (expert, x), (_, r), (_, g), (_, out) in pieces:
                 if expert in experts and x.shape[0]:
                     g = g.float().mean(-1, keepdim=True)
@@ -395,11 +407,26 @@ def _stages(pair: Pair) -> list[tuple[Node, set[Node], Update | None, list]]:
     return stages
 
 
+def _head(pair: Pair) -> int:
+    """Bit set of what follows the last states: the final norm, and the head where the model has one."""
+    flow = pair.teacher.flow
+    covered, last = 0, 0
+    for stream in pair.blocks.streams:
+        covered, last = covered | stream.covered, last | flow.bit(stream.states[-1])
+    above = flow.ancestors(flow.nodes[-1]) & ~covered
+    return flow.descendants(last, above)
+
+
 def _root(squares: float, size: float) -> float:
     return (squares / size) ** 0.5 if size > 0 else 0.0
 
 
-def _imposed(program: Program, branch: int, routers: int, streams) -> set[Node]:
+def _read(node: Node, one: Projection) -> Node:
+    """What the twin of a projection multiplies: a copy of the teacher's node where the rewiring had to make one."""
+    return node.args[one.node.args.index(one.data)]
+
+
+def _imposed(program: Program, branch: int, routers: int, streams) -> dict[Node, None]:
     """What the teacher takes from the student, so that both have the same rows: what the router alone decides, and indices.
 
     Everything that is made of the router's outputs and of nothing else that the block reads.
@@ -407,7 +434,7 @@ def _imposed(program: Program, branch: int, routers: int, streams) -> set[Node]:
     flow = program.flow
     first = flow.mask(s.states[0] for s in streams)
     carriers: set[Node] = set()
-    imposed: set[Node] = set()
+    imposed: dict[Node, None] = {}
     for node in flow.members(branch):
         bit = flow.bit(node)
         if not bit & routers and any(a in carriers if flow.bit(a) & branch else bool((flow.ancestors(a) | flow.bit(a)) & first)
@@ -416,7 +443,7 @@ def _imposed(program: Program, branch: int, routers: int, streams) -> set[Node]:
         value = node.meta.get("example_value")
         whole = isinstance(value, (int, torch.SymInt)) or isinstance(value, Tensor) and not is_floating(value)
         if whole or node not in carriers and (bit | flow.ancestors(node)) & routers:
-            imposed.add(node)
+            imposed[node] = None
     return imposed
 
 
