@@ -33,13 +33,13 @@ def launch_means_early(graph: Graph) -> int:
     chain = [n for n in launches if n not in set(means)]
     needed = _last_needed(nodes, chain)
     written = {s for n in nodes if n.op == "call_function" and not is_wait(n) for w in written_arguments(n) for s in storages_of(w)}
-    order = sorted((needed[mean], position[mean]) for mean in means)
-    moved, place = 0, {}                    # place: what the next mean of the same number goes behind
-    for number, at in order:
+    # Of several behind one exchange, the one that needs least goes first: the embedding's gradient is the last of all.
+    order = sorted((min(needed[mean] + 1, len(chain) - 1), _ancestors(mean), position[mean]) for mean in means)
+    moved, place = 0, {}                    # place: what the next mean behind the same exchange goes behind
+    for number, _, at in order:
         mean = nodes[at]
-        if number + 1 >= len(chain):        # nothing is left to go behind
-            continue
-        behind = place.get(number, chain[number + 1])
+        start = chain[number] if chain else max(mean.all_input_nodes, key=position.__getitem__)
+        behind = place.get(number, start)
         made = _missing(mean, behind, {n: i for i, n in enumerate(graph.nodes)}, written)
         if not made:
             continue
@@ -60,6 +60,15 @@ def _last_needed(nodes: list[Node], chain: list[Node]) -> dict[Node, int]:
     for node in nodes:
         needed[node] = max((max(needed[s], number.get(s, -1)) for s in node.all_input_nodes), default=-1)
     return needed
+
+
+def _ancestors(node: Node) -> int:
+    seen, todo = set(), [node]
+    while todo:
+        new = [s for s in todo.pop().all_input_nodes if s not in seen]
+        seen.update(new)
+        todo += new
+    return len(seen)
 
 
 def _missing(mean: Node, behind: Node, position: dict[Node, int], written: set[int]) -> list[Node]:

@@ -479,9 +479,20 @@ def test_a_mean_leaves_behind_the_exchange_that_follows_the_last_one_it_needs():
 
     gm = traced(backward, 1)
     before = [n for n in gm.graph.nodes if is_launch(n)]
-    assert launch_means_early(gm.graph) == 2
+    assert launch_means_early(gm.graph) == 3
     after = [n for n in gm.graph.nodes if is_launch(n)]
     exchanges, (of_last, of_first, of_x) = before[:3], before[3:]
     assert after == [exchanges[0], of_x, exchanges[1], of_first, exchanges[2], of_last]
     schedule(gm.graph, rates=RATES)
     assert [n for n in gm.graph.nodes if is_launch(n)] == after
+
+
+def test_means_without_exchanges_leave_in_the_order_in_which_they_are_complete():
+    def backward(x):
+        first = torch.mm(x, x)
+        second = torch.mm(first, x)
+        return tuple(wait(c10d.all_reduce(g, "sum", "1")) for g in (second, first))
+
+    gm = traced(backward, 1)
+    assert launch_means_early(gm.graph) == 2
+    assert ops(gm.graph) == ["mm", "L", "mm", "L", "W", "W"]
