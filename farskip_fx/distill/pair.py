@@ -99,8 +99,9 @@ def _traced(model: nn.Module, batches: Iterable) -> tuple[GraphModule, list[tupl
                 pass
             except torch._dynamo.exc.Unsupported as broken:
                 way = way_to_one_graph(model)
-                raise SplitModelError(f"{type(model).__name__} is not one graph, so its stream cannot be followed: "
-                                      f"{str(broken).splitlines()[0]}. {way or 'Run with TORCH_LOGS=graph_breaks'}") from broken
+                raise SplitModelError(
+                    f"{type(model).__name__} is not one graph, so its stream cannot be followed: "
+                    f"{str(broken).splitlines()[0]}. {way or 'Run with TORCH_LOGS=graph_breaks'}") from broken
             if len(graphs) > 1:
                 raise ConfigError("the batches of a refit must all have one shape and the same arguments: cut or pack the "
                                   "calibration text to one length, and leave a last, smaller batch out")

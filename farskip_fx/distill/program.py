@@ -98,8 +98,10 @@ class Program:
         nodes: dict[Node, None] = {}
         for n in self.flow.nodes:
             # Of a shape only (``empty_like``): its value does not depend on the states, but its argument does.
-            by_shape = any(a not in nodes and a.op != "placeholder" and not self.is_made_of_weights(a) for a in self._inputs[n])
-            if not (n in depends or n in inside or by_shape or n.op in ("placeholder", "output") or self.is_made_of_weights(n)):
+            by_shape = any(a not in nodes and a.op != "placeholder" and not self.is_made_of_weights(a)
+                           for a in self._inputs[n])
+            if not (n in depends or n in inside or by_shape or n.op in ("placeholder", "output")
+                    or self.is_made_of_weights(n)):
                 nodes[n] = None
         return list(nodes), [n for n in nodes if not self._is_blank(n)
                        and any(u in depends or self.is_made_of_weights(u) for u in self._users(n))]
@@ -183,8 +185,8 @@ class Program:
         for argument in written_arguments(node):
             owner = next((self._owner[m] for m in storages_of(argument)), argument)
             if owner not in computed:
-                raise RefusedError(f"{node.name} ({op_name(node)}) writes into {owner.name}, which lies outside of its block; "
-                                   "its block cannot be computed twice. Use an out-of-place operation there")
+                raise RefusedError(f"{node.name} ({op_name(node)}) writes into {owner.name}, which lies outside of its "
+                                   "block; that cannot be computed twice. Use an out-of-place operation there")
 
 
 def _regions(nodes: list[Node]) -> list[tuple[int, int]]:

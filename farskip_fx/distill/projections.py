@@ -35,8 +35,8 @@ _KEEPS_MEMORY = (VIEWS | TRANSPOSES | {"getattr", "T", "mT"}) - {"clone", "conti
 # What a contribution goes through on its way into the stream, linear in it; products need a factor that is none of it.
 _PASSES_ON = VIEWS | CASTS | TRANSPOSES | EXCHANGES | {
     "mul", "imul", "div", "truediv", "add", "iadd", "sub", "sum", "index_add", "index_add_", "index_copy", "index_select",
-    "scatter_add", "scatter_add_", "gather", "take_along_dim", "wait_tensor", "masked_fill", "masked_fill_", "dropout", "neg",
-    "squeeze", "unsqueeze", "view_as", "type_as", "setitem", "stack", "cat"}
+    "scatter_add", "scatter_add_", "gather", "take_along_dim", "wait_tensor", "masked_fill", "masked_fill_", "dropout",
+    "neg", "squeeze", "unsqueeze", "view_as", "type_as", "setitem", "stack", "cat"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ class Left:
     reason: str
 
 
-def find_projections(program: Program, branch: int, after: Node | None) -> tuple[list[Projection], list[tuple[Node, str]]]:
+def find_projections(program: Program, branch: int,
+                     after: Node | None) -> tuple[list[Projection], list[tuple[Node, str]]]:
     """The projections of a branch in graph order, and the maps with weights that are not understood, with the reason.
 
     Args:
@@ -231,7 +232,8 @@ def _levels(program: Program, found: list[Projection], after: Node | None) -> li
 def _is_final(program: Program, node: Node, after: Node) -> bool:
     """Whether ``after`` is linear in the output of ``node``, row by row."""
     flow = program.flow
-    way = [n for n in flow.members(flow.descendants(flow.bit(node), flow.ancestors(after) | flow.bit(after))) if n is not node]
+    between = flow.descendants(flow.bit(node), flow.ancestors(after) | flow.bit(after))
+    way = [n for n in flow.members(between) if n is not node]
     on_it = {node, *way}
     for n in way:
         name = op_name(n)

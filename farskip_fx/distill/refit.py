@@ -7,7 +7,7 @@ own inputs (what lies before is refitted already), a weight W becomes
 
 and the projections that end a block become
 
-    W' = argmin |U(s_student, X_student W'^T) - s_teacher|^2 + lambda |W' - W|^2     (aimed)
+    W' = argmin |U(s_student, X_student W'^T) - s_teacher|^2 / |s_teacher|^2 + lambda |W' - W|^2     (aimed)
 
 where s are the values of the residual stream and U adds the block's output to it: so each block also takes back what the
 blocks before it left wrong. No parameter is added, and nothing changes at run time. The idea of closed-form repair is known
@@ -79,8 +79,8 @@ class RefitReport:
         return tuple(one for layer in self.layers for one in layer.left)
 
     def __str__(self) -> str:
-        lines = [f"refit for connectivity {self.connectivity}: {len(self.refitted)} parameters of {len(self.layers)} blocks, "
-                 f"{self.tokens} tokens, {self.seconds:.1f} s"]
+        lines = [f"refit for connectivity {self.connectivity}: {len(self.refitted)} parameters of "
+                 f"{len(self.layers)} blocks, {self.tokens} tokens, {self.seconds:.1f} s"]
         for layer in self.layers:
             lines.append(f"  {layer.label}")
             lines += [f"    {one.parameter:60s} {one.kind:8s} missed {one.before:7.2%} -> {one.after:7.2%}"
@@ -90,19 +90,20 @@ class RefitReport:
 
 
 @torch.no_grad()
-def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="all", *, ridge: float = 1e-4,
-          aim_outputs: bool = True, progress: bool = True, group: dist.ProcessGroup | None = None,
-          gram_bytes: int = 2 << 30, config: FarskipConfig | None = None, **experimental) -> RefitReport:
+def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="all", *, ridge: float = 1e-3,
+          aim_outputs: bool = True, head: bool = True, progress: bool = True, group: dist.ProcessGroup | None = None,
+          gram_bytes: int = 2 << 30, config: FarskipConfig | None = None) -> RefitReport:
     """Refit ``model`` in place for a connectivity; then convert it: ``farskip_fx.apply(model, connectivity=...)``.
 
     Args:
         model: not converted. A teacher for distillation must be a copy that was made before.
         batches: calibration text: token ids [batch, sequence], or dicts of what the model is called with, all of one shape
-            and without padding. As many tokens as possible; about 400 for each input of the widest projection are enough,
-            and an expert that gets fewer tokens than it has inputs stays as it is.
+            and without padding. A few hundred tokens for each input of the widest projection; an expert that gets fewer
+            tokens than it has inputs stays as it is.
         connectivity, layers: as in ``FarskipConfig``; or a ``config``.
         ridge: lambda, as a share of the mean square of the inputs.
         aim_outputs: the projections that end a block are aimed at the teacher's stream; False: they stay as they are.
+        head: the language-model head is matched, too, where it is a weight of its own.
         progress: show a bar.
         group: ranks that each hold other batches (equally many) of the same model; sums are added up over them. Experts that
             are sharded by ``expert_parallel`` see the rows of their own group.
@@ -121,10 +122,12 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
     pair = trace_pair(model, batches, config)
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     with evaluating(model):
-        run = _Refit(pair, names, ridge=ridge, aim_outputs=aim_outputs, group=group, gram_bytes=gram_bytes, **experimental)
+        run = _Refit(pair, names, ridge=ridge, aim_outputs=aim_outputs, head=head, group=group, gram_bytes=gram_bytes)
         done = run.all(progress)
-    tokens = sum(max((v.shape[:2].numel() for v in call.values() if isinstance(v, Tensor)), default=0) for call in pair.calls)
-    return RefitReport(connectivity=str(config.connectivity), layers=done, tokens=tokens, seconds=time.perf_counter() - began)
+    tokens = sum(max((v.shape[:2].numel() for v in call.values() if isinstance(v, Tensor)), default=0)
+                 for call in pair.calls)
+    return RefitReport(connectivity=str(config.connectivity), layers=done, tokens=tokens,
+                       seconds=time.perf_counter() - began)
 
 
 @dataclass
@@ -160,11 +163,10 @@ class _Side:
 
 
 class _Refit:
-    def __init__(self, pair: Pair, names: dict[int, str], *, ridge: float, aim_outputs: bool, group, gram_bytes: int,
-                 deeper: bool = True, aim_experts: bool = True, head: bool = False) -> None:
-        self.head = head
-        self.pair, self.names, self.ridge, self.aim = pair, names, ridge, aim_outputs
-        self.group, self.gram_bytes, self.deeper, self.aim_experts = group, gram_bytes, deeper, aim_experts
+    def __init__(self, pair: Pair, names: dict[int, str], *, ridge: float, aim_outputs: bool, head: bool, group,
+                 gram_bytes: int) -> None:
+        self.pair, self.names, self.ridge, self.aim, self.head = pair, names, ridge, aim_outputs, head
+        self.group, self.gram_bytes = group, gram_bytes
         given = {**{node: p.detach() for node, p in pair.parameters.items()}, **pair.fixed}
         twin, states = pair.twin, [s.states[0] for s in pair.blocks.streams]
         self.teacher = _Side(pair.teacher, states, dict(given), [dict(call) for call in pair.calls])
@@ -232,15 +234,15 @@ class _Refit:
         for level in sorted({one.level for one in found}):
             here = [one for one in found if one.level == level]
             aimed = [one for one in here if one.final and self.aim]
-            matched = [one for one in here if not one.final and (self.deeper or not level)]
+            matched = [one for one in here if not one.final]
             experts = [one for one in aimed if routed >> program.position[one.node] & 1]
             jobs = [(False, matched)] + [(True, [one]) for one in aimed if one not in experts]
-            jobs += [(True, experts)] if self.aim_experts else []
+            jobs.append((True, experts))
             for aims, ones in jobs:
                 for part in self._parts(ones):
                     self._pass(part, update and update.after, targets if aims else None, refitted, left)
-        report = [Refitted(parameter=self._name(node), kind=kind, rows=rows, before=_root(before, size), after=_root(after, size))
-                  for node, (kind, rows, before, after, size) in refitted.items()]
+        report = [Refitted(parameter=self._name(node), kind=kind, rows=rows, before=_root(before, size),
+                           after=_root(after, size)) for node, (kind, rows, before, after, size) in refitted.items()]
         return LayerRefit(label=label, refitted=tuple(report), left=tuple(left))
 
     def _takes(self, one: Projection, left: list[Left]) -> bool:
@@ -291,7 +293,7 @@ class _Refit:
             for one, expert, x, r, target in rows:
                 # Equal inputs have one sum; those of aimed projections are weighted, each in its own way.
                 sums = missed.get((one, expert))
-                if sums is None:        # equal inputs have one sum; those of aimed projections are weighted, each in its own way
+                if sums is None:        # equal inputs have one sum; those of aimed projections have weights of their own
                     key = (one.data if targets is None else one.node, one.offsets, expert)
                     first = key not in grams
                     gram = grams.setdefault(key, Gram(x.shape[1], x.device))
@@ -337,7 +339,8 @@ class _Refit:
         twin, teacher, student = self.pair.twin, self.teacher, self.student
         data = list(dict.fromkeys(one.data for one, _ in part))
         read = {one: _read(twin[one.node], one) for one, _ in part}
-        boundary = [n for n in teacher.program.needs(data, ChainMap(self.imposed, teacher.known(batch))) if n in self.imposed]
+        needed = teacher.program.needs(data, ChainMap(self.imposed, teacher.known(batch)))
+        boundary = [n for n in needed if n in self.imposed]
         offsets = [one.offsets for one, _ in part if one.offsets is not None]
         wanted = [*read.values(), *(twin[n] for n in (*boundary, *offsets))]
         own = student.program.evaluate(wanted, student.known(batch))
@@ -356,7 +359,8 @@ class _Refit:
     def _aimed(self, part, batch: int, after: Node, target: Tensor):
         """The same for outputs that are aimed at the stream: r is the change of the output that would close the gap.
 
-        A token's gap is shared among its experts by their squared weights, which is the smallest change that closes it.
+        A token's gap is shared among its experts by their squared weights, which is the smallest change that closes it; and
+        it counts relative to the size of the stream there, because every block reads the stream through a norm.
         """
         twin, student = self.pair.twin, self.student
         program, known = student.program, student.known(batch)
@@ -378,11 +382,13 @@ class _Refit:
             zero = stream(*(torch.zeros_like(leaf) for leaf in leaves)).detach()
             strength = (stream(*share).detach() - zero).float()     # sum of squared weights at each token
             gap = target.float() - now.detach().float()
+            size = target.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+            weights = back(size.expand_as(target).to(now.dtype))
             wanted = back(torch.where(strength > 1e-9, gap / strength.clamp_min(1e-9), 0.0).to(now.dtype))
         for one, experts in part:
             i = ones.index(one)
             ends = own[twin[one.offsets]] if one.offsets is not None else None
-            pieces = zip(*(one.rows(v, ends) for v in (own[_read(outs[i], one)], wanted[i], share[i], own[outs[i]])))
+            pieces = zip(*(one.rows(v, ends) for v in (own[_read(outs[i], one)], wanted[i], weights[i], own[outs[i]])))
             for (expert, x), (_, r), (_, g), (_, out) in pieces:
                 if expert in experts and x.shape[0]:
                     g = g.float().mean(-1, keepdim=True)
@@ -437,8 +443,9 @@ def _imposed(program: Program, branch: int, routers: int, streams) -> dict[Node,
     imposed: dict[Node, None] = {}
     for node in flow.members(branch):
         bit = flow.bit(node)
-        if not bit & routers and any(a in carriers if flow.bit(a) & branch else bool((flow.ancestors(a) | flow.bit(a)) & first)
-                                     for a in program.inputs(node)):
+        if not bit & routers and any(
+                a in carriers if flow.bit(a) & branch else bool((flow.ancestors(a) | flow.bit(a)) & first)
+                for a in program.inputs(node)):
             carriers.add(node)
         value = node.meta.get("example_value")
         whole = isinstance(value, (int, torch.SymInt)) or isinstance(value, Tensor) and not is_floating(value)
