@@ -38,7 +38,8 @@ def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]
     """
     if not config.overlap:
         # Without our schedule a received buffer can still be read before its wait (torch up to 2.13 on CPU).
-        check = FarskipVerify(json.dumps({"source": _source()}), on_error=report.errors.append)
+        theirs = bool(_torch.inductor_setting("reorder_for_compute_comm_overlap"))
+        check = FarskipVerify(json.dumps({"source": _source(), "launches": not theirs}), on_error=report.errors.append)
         return {"_post_fusion_custom_pass": after_users(_torch.inductor_setting("_post_fusion_custom_pass"), check)}
     return overlap_patches(config.rates or Rates(), on_schedule=report.schedules.append, on_error=report.errors.append)
 
@@ -123,7 +124,7 @@ class FarskipVerify(_Pass, _SchedulerPass):
     def __call__(self, snodes):
         with self._errors_told():
             snodes, repaired = fence.repair(snodes)
-            fence.verify(snodes)
+            fence.verify(snodes, launches=self._launches)
             if repaired:
                 self._tell(fence.Fenced(repaired=repaired))
         if snodes:
@@ -132,7 +133,11 @@ class FarskipVerify(_Pass, _SchedulerPass):
 
     def _verify(self, snodes) -> None:
         with self._errors_told():
-            fence.verify(snodes)
+            fence.verify(snodes, launches=self._launches)
+
+    @property
+    def _launches(self) -> bool:
+        return json.loads(self._spec).get("launches", True)
 
 
 @functools.cache

@@ -72,8 +72,11 @@ def repair(snodes: list) -> tuple[list, int]:
     return (scheduler.topological_sort_schedule(snodes) if repaired else snodes), repaired
 
 
-def verify(snodes: Sequence) -> None:
+def verify(snodes: Sequence, *, launches: bool = True) -> None:
     """Raise unless every read comes after the write that it needs, and launches are in the planned order.
+
+    Args:
+        launches: False where another pass is asked to reorder launches, and answers for it.
 
     Raises:
         ScheduleBroken: names the node and the buffer.
@@ -88,7 +91,7 @@ def verify(snodes: Sequence) -> None:
         for part in snode.get_nodes():
             if inductor.is_launch(part):
                 number = inductor.operation_number(part.get_name())
-                if number < launched:
+                if number < launched and launches:
                     raise ScheduleBroken(f"{part.get_name()} ({_what(part)}) would launch after a collective that is "
                                          "planned after it; ranks that do not agree on the order hang. " + _ADVICE)
                 launched = number
