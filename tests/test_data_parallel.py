@@ -1,5 +1,6 @@
 """Data parallelism x expert parallelism on a 2-D mesh: gradients of one process that sees the whole batch."""
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,12 +31,13 @@ def own_rows(ids, rank, world):
     return ids.view(world, -1, LENGTH)[rank]
 
 
-def starve(model):
-    """No token ever chooses the second half of the experts: with two ranks the second one's get none."""
+def starve(model, half=1):
+    """No token ever chooses this half of the experts: with two ranks, those of rank ``half`` get none, and the others all."""
     for layer in model.model.layers:
         with torch.no_grad():
-            layer.mlp.gate.weight[len(layer.mlp.gate.weight) // 2:] = 0
-            layer.mlp.gate.weight[:len(layer.mlp.gate.weight) // 2].abs_().mul_(50)
+            router = layer.mlp.gate.weight.chunk(2)
+            router[half].zero_()
+            router[1 - half].abs_().mul_(50)
             layer.post_attention_layernorm.weight.abs_()
 
 
@@ -82,35 +84,52 @@ def same_everywhere(model, mesh):
     return True
 
 
-def gradients(rank, *, grids):
-    """{check: largest relative difference from the whole batch}."""
+class Case(NamedTuple):
+    dp: int
+    ep: int
+    connectivity: str = "farskip"
+    inner: str = "eager"
+    starved: int | None = None          # the rank whose experts get no token
+    exchange: str = "all_to_all"
+    rows: tuple[int, ...] | None = None     # of each rank; None: equal
+
+
+def gradients(rank, *, cases):
+    """{case: largest relative difference from the whole batch}."""
     # A graph from the cache reports no schedule.
     torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
     found = {}
-    for dp, ep, connectivity, starved, inner in grids:
+    for case in cases:
         torch._dynamo.reset()
-        model, ids, mesh = model_of(tie_word_embeddings=True), batch(), mesh_of(dp, ep)
-        if starved:
-            starve(model)
-        want = reference(model, ids, connectivity)
-        ours = fs.expert_parallel(copy.deepcopy(model), mesh["ep"])
+        model, ids, mesh, world = model_of(tie_word_embeddings=True), batch(), mesh_of(case.dp, case.ep), case.dp * case.ep
+        if case.starved is not None:
+            starve(model, case.starved)
+        want = reference(model, ids, case.connectivity)
+        ours = fs.expert_parallel(copy.deepcopy(model), mesh["ep"], exchange=case.exchange)
         parallel = fs.data_parallel(ours, mesh["dp"], bucket_mb=0.005)      # several buckets
-        fs.apply(ours, connectivity=connectivity, inner=inner, data_parallel=parallel)
-        step(ours, own_rows(ids, rank, dp * ep))
-        found[dp, ep, connectivity, starved] = largest_difference(ours, want)
+        fs.apply(ours, connectivity=case.connectivity, inner=case.inner, data_parallel=parallel)
+        if case.rows:       # the mean over all ranks' labels, as HF Trainer asks for it
+            own = ids.split(case.rows)[rank]
+            ours(input_ids=own, labels=own, num_items_in_batch=ids[:, 1:].numel() / world).loss.backward()
+        elif case.exchange == "all_reduce":     # the ranks of an expert group share a batch
+            step(ours, own_rows(ids, rank // case.ep, case.dp))
+        else:
+            step(ours, own_rows(ids, rank, world))
+        found[case] = largest_difference(ours, want)
         report = fs.last_reports()[-1]
         assert report.buckets > 2 and report.errors == []
-        if inner == "inductor":         # the averages are in the schedule of the backward, beside the exchanges
+        if case.inner == "inductor":        # the averages are in the schedule of the backward, beside the exchanges
             kinds = {c.kind for c in report.schedules[-1].collectives}
             assert kinds == {"all_reduce", "all_to_all_single"}, kinds
     return found
 
 
-@pytest.mark.parametrize("grids", [
-    [(2, 2, "farskip", False, "aot_eager"), (2, 2, "farskip", True, "eager")],
-    [(2, 1, "farskip", False, "eager"), (1, 2, "none", False, "eager"), (1, 2, "farskip", True, "inductor")]])
-def test_gradients_of_the_whole_batch(grids):
-    for found in run_ranks(gradients, grids[0][0] * grids[0][1], grids=grids):
+@pytest.mark.parametrize("cases", [
+    [Case(2, 2, inner="aot_eager"), Case(2, 2, starved=1)],
+    [Case(2, 1), Case(1, 2, "none"), Case(1, 2, inner="inductor", starved=1),
+     Case(1, 2, rows=(1, 7), starved=0), Case(1, 2, exchange="all_reduce", starved=0)]])
+def test_gradients_of_the_whole_batch(cases):
+    for found in run_ranks(gradients, cases[0].dp * cases[0].ep, cases=cases):
         assert max(found.values()) <= 1e-5, found
 
 
