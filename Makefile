@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo bench test families gpu-check clean
+.PHONY: setup demo bench test test-all families gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ bench: setup
 	$(BIN)/farskip bench $(ARGS)
 
 test: setup
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+# With the cases marked slow: a few minutes more.
+test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 # One NVIDIA GPU and torch >= 2.11: numerics, order and overlap over an emulated link; says so where there is none.

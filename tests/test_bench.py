@@ -413,6 +413,7 @@ def test_end_to_end_without_inductor(tmp_path):
     assert [layer["rewired"] for layer in result["layers"]] == [True] * TINY.layers
 
 
+@pytest.mark.slow
 def test_a_whole_step_with_replicas(tmp_path):
     """dp 2 x ep 2: gradients of the whole batch's reference, the means among the exchanges, a third phase."""
     from rich.console import Console

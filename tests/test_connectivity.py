@@ -524,6 +524,7 @@ torch.save(results, {out!r})
 """
 
 
+@pytest.mark.slow
 def test_a_warm_cache_never_gives_the_graph_of_another_function(tmp_path):
     """Two processes register different functions under one name; Inductor's caches on disk are shared and in use."""
     def process(pairs):

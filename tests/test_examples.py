@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -37,3 +39,10 @@ def test_train_ep():
               str(EXAMPLES / "train_ep.py"), "--steps", "20", "--accumulate", "2", "--inner", "eager", "--ep", "2")
     losses = [float(line.split()[3]) for line in out.splitlines() if line.startswith("step")]
     assert len(losses) == 3 and losses[-1] < losses[0] - 1
+
+
+@pytest.mark.slow
+def test_distill_tiny(tmp_path):
+    run(sys.executable, str(EXAMPLES / "distill_tiny.py"), "--train-teacher", str(tmp_path), "--steps", "1")
+    out = run(sys.executable, str(EXAMPLES / "distill_tiny.py"), "--teacher", str(tmp_path), "--batches", "1")
+    assert "teacher" in out and "refit" in out

@@ -491,6 +491,7 @@ def loaded(path: str, implementation: str, fullgraph: bool) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_distributed_config(tmp_path):
     """from_pretrained with transformers' own DistributedConfig: our implementation, with and without fullgraph, and
     transformers' own all_reduce as it is."""

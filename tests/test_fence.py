@@ -361,6 +361,7 @@ def rank_errors(rank):
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_get_the_right_numbers():
     """Forward and backward, in step and with one rank late: what is in flight must not be read."""
     for found in run_ranks(rank_errors):
