@@ -39,6 +39,7 @@ from ..config import FarskipConfig
 from ..errors import ConfigError
 from ..passes.dataflow import storages_of, written_arguments
 from ..passes.residual import Update
+from ..sharding import MARK
 from .gram import Gram, Missed
 from .pair import Pair, evaluating, trace_pair
 from .program import Program, Values, is_floating
@@ -105,18 +106,20 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
         aim_outputs: the projections that end a block are aimed at the teacher's stream; False: they stay as they are.
         head: the language-model head is matched, too, where it is a weight of its own.
         progress: show a bar.
-        group: ranks that each hold other batches (equally many) of the same model; sums are added up over them. Experts that
-            are sharded by ``expert_parallel`` see the rows of their own group.
+        group: ranks that each hold other batches (equally many) of the same, whole model; sums are added up over them.
         gram_bytes: how much memory the sums may take; more experts than that are solved for in several passes.
 
     Raises:
-        ConfigError: a converted model, batches that do not fit.
+        ConfigError: a converted or sharded model, batches that do not fit.
         RefusedError, SplitModelError: names the layer and why the connectivity cannot be applied.
 
     An error in the middle leaves the earlier blocks refitted.
     """
     if not ridge > 0:
         raise ConfigError(f"ridge must be above 0, got {ridge!r}")
+    if any(hasattr(p, "_farskip_expert_group") or hasattr(p, MARK) for p in model.parameters()):
+        raise ConfigError("this model is sharded (expert_parallel, or data_parallel with shard=True), and a refit needs whole "
+                          "parameters: refit before that, or farskip_fx.gather_experts(model) first")
     config = FarskipConfig(connectivity=connectivity, layers=layers) if config is None else config
     began = time.perf_counter()
     pair = trace_pair(model, batches, config)
