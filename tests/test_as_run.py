@@ -266,6 +266,7 @@ def test_none_is_the_model_bit_for_bit(family, inner):
     assert torch.equal(got, logits_of(plain(IDS, use_cache=False)))
 
 
+@pytest.mark.slow
 def test_none_is_what_inductor_makes_of_the_model():
     plain = fresh("qwen3_moe", num_hidden_layers=1)
     want = logits_of(torch.compile(plain, backend="inductor")(IDS, use_cache=False))

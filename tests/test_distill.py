@@ -176,6 +176,7 @@ def on_two_ranks(rank, *, folder):
     return first(replicas), first(trainer), dense, {n: t for n, t in state.items() if "experts" in n}
 
 
+@pytest.mark.slow
 def test_ranks_are_one_batch(whole, tmp_path):
     """Two ranks by DDP, and with experts sharded over them: loss, gradient norm and weights of one process."""
     ranks = run_ranks(on_two_ranks, 2, folder=str(tmp_path))
@@ -213,6 +214,7 @@ def test_killed_and_resumed_is_the_same_curve(tmp_path):
     assert DistillConfig.load(tmp_path / "whole" / RUN).inner == "eager"
 
 
+@pytest.mark.slow
 def test_training_agrees_more_and_stops_on_a_task(tmp_path):
     """The cached teacher through Trainer, evaluation in between, early stopping on a task that gets no better."""
     values = iter([1.0, 1.01, 1.015, 1.019, 5.0, 5.0])       # within 2 % of the first, three times
@@ -324,6 +326,7 @@ def characters():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     from farskip_fx.cli import main
     model_of().save_pretrained(tmp_path / "model")

@@ -28,6 +28,7 @@ def test_own_model():
     assert "the plain loop with this connectivity differs by" in out
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
               str(EXAMPLES / "two_ranks.py"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))

@@ -276,6 +276,7 @@ def test_all_to_all_is_one_graph():
             }, family
 
 
+@pytest.mark.slow
 def test_all_reduce_is_one_graph():
     """Per layer, forward: one sum; backward: the gradients of tokens and router weights."""
     for results in run_ranks(compiled_families, families=["qwen3_moe", "gpt_oss"], exchange="all_reduce"):
@@ -304,6 +305,7 @@ def changing_lengths(rank: int) -> tuple[list[float], set[int]]:
     return [value for value in wrong if value > TOLERANCE], per_graph
 
 
+@pytest.mark.slow
 def test_dynamic_shapes():
     """Whole graphs only (3 exchanges x 3 layers each), also where the number of tokens is a symbol."""
     assert run_ranks(changing_lengths) == [([], {9})] * 2

@@ -297,6 +297,7 @@ CACHED = """
 """
 
 
+@pytest.mark.slow
 def test_cache_hits_for_the_same_configuration_only(tmp_path):
     def fresh_process(link, which):
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",

@@ -101,6 +101,7 @@ def test_like_replicated(tmp_path):
 
 # --- without ranks ----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_gathered_again_and_asked_for_early(fake_group):
     """Inductor: each bucket is gathered in the forward and again in the backward, one bucket before it is needed, and no whole
     parameter is kept in between."""

@@ -85,9 +85,9 @@ SHORT = {"num_hidden_layers": 2}
 @pytest.mark.parametrize("family, connectivity, overlap, exchange, train, changes", [
     pytest.param("qwen3_moe", "farskip", True, "all_to_all", True, SHORT, marks=pytest.mark.slow),
     ("deepseek_v3", "farskip", True, "all_to_all", True, {}),
-    ("qwen3_moe", "none", True, "all_to_all", False, SHORT),
+    pytest.param("qwen3_moe", "none", True, "all_to_all", False, SHORT, marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "ladder", False, "all_to_all", False, SHORT, marks=pytest.mark.slow),
-    ("qwen2_moe", "farskip", True, "all_reduce", False, SHORT),
+    pytest.param("qwen2_moe", "farskip", True, "all_reduce", False, SHORT, marks=pytest.mark.slow),
 ])
 def test_inductor(family, connectivity, overlap, exchange, train, changes):
     for worst, schedules, errors in run_ranks(whole, timeout=500, family=family, connectivity=connectivity,
