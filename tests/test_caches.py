@@ -67,6 +67,7 @@ def results(names, cache):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_a_warm_cache_gives_each_configuration_its_own_graph(tmp_path):
     first = results(["farskip", "ladder"], tmp_path)
     second = results(["one_layer", "ladder", "no_overlap", "farskip"], tmp_path)

@@ -29,7 +29,7 @@ from general_programs import BlockSpec, GeneralProgram, ProgramSpec
 from programs import ADDS, MIXERS, MLPS, SHARED, TOKENS, VOCABULARY, LayerSpec, Program, Undefined, interpret
 from recorder import record, shape_of
 
-PROGRAMS = int(os.environ.get("FARSKIP_PROGRAMS", "200"))
+PROGRAMS = int(os.environ.get("FARSKIP_PROGRAMS", "120"))
 PARTS = 5
 STRICT = bool(os.environ.get("FARSKIP_MUST_BE_EXACT"))      # random programs that must be exact may not be refused
 
