@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .report import Report
 
 _GraphPass, _SchedulerPass = _torch.custom_pass_bases()
-_SOURCES = ("_torch.py", "costs.py", "dataflow.py", "early_means.py", "fence.py", "prefetch.py", "schedule.py", "simulate.py")
+_SOURCES = ("_torch.py", "costs.py", "dataflow.py", "early_means.py", "fence.py", "moving.py", "prefetch.py",
+            "schedule.py", "simulate.py")
 
 
 def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]:

@@ -16,38 +16,35 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from ._torch import draws_random, has_effect
-from .costs import is_launch, is_wait, op_name
-from .dataflow import storages_of, written_arguments
+from .costs import is_launch, op_name
+from .moving import moved_with, written_memory
 
 
 def launch_means_early(graph: Graph) -> int:
     """Move the launches of means, with what they need; how many were moved."""
     nodes = list(graph.nodes)
-    position = {node: i for i, node in enumerate(nodes)}
     feeds: dict[Node, bool] = {}            # whether another launch needs it
     for node in reversed(nodes):
         feeds[node] = any(is_launch(user) or feeds[user] for user in node.users)
     launches = [node for node in nodes if is_launch(node)]
-    means = [n for n in launches if not feeds[n] and ("all_reduce" in op_name(n) or "reduce_scatter" in op_name(n))]
-    chain = [n for n in launches if n not in set(means)]
-    needed = _last_needed(nodes, chain)
-    written = {s for n in nodes if n.op == "call_function" and not is_wait(n) for w in written_arguments(n) for s in storages_of(w)}
-    # Of several behind one exchange, the one that needs least goes first: the embedding's gradient is the last of all.
-    order = sorted((min(needed[mean] + 1, len(chain) - 1), _ancestors(mean), position[mean]) for mean in means)
+    means = {n: None for n in launches if not feeds[n] and ("all_reduce" in op_name(n) or "reduce_scatter" in op_name(n))}
+    if not means:
+        return 0
+    chain = [n for n in launches if n not in means]
+    needed, written = _last_needed(nodes, chain), written_memory(graph)
+    behind = {mean: min(needed[mean] + 1, len(chain) - 1) for mean in means}
     moved, place = 0, {}                    # place: what the next mean behind the same exchange goes behind
-    for number, _, at in order:
-        mean = nodes[at]
-        start = chain[number] if chain else max(mean.all_input_nodes, key=position.__getitem__)
-        behind = place.get(number, start)
-        made = _missing(mean, behind, {n: i for i, n in enumerate(graph.nodes)}, written)
-        if not made:
-            continue
-        for node in made:
-            behind.append(node)
-            behind = node
-        place[number] = behind
-        moved += 1
+    # Of several behind one exchange, the one that needs least goes first: the embedding's gradient is the last of all.
+    for mean in sorted(means, key=lambda m: (behind[m], _ancestors(m))):
+        number = behind[mean]
+        last = place.get(number) or (chain[number] if chain else max(mean.all_input_nodes))
+        made = moved_with(mean, written, stays=lambda n: n <= last)
+        for node in made or ():
+            last.append(node)
+            last = node
+        if made:
+            place[number] = last
+            moved += 1
     if moved:
         graph.lint()
     return moved
@@ -69,18 +66,3 @@ def _ancestors(node: Node) -> int:
         seen.update(new)
         todo += new
     return len(seen)
-
-
-def _missing(mean: Node, behind: Node, position: dict[Node, int], written: set[int]) -> list[Node]:
-    """``mean`` and those of its ancestors that stand after ``behind``, in order; empty if one of them must stay there."""
-    made, todo = set(), [mean]
-    while todo:
-        node = todo.pop()
-        if node in made or position[node] <= position[behind]:
-            continue
-        if draws_random(node.target) or has_effect(node.target) or written & {
-                s for source in node.all_input_nodes for s in storages_of(source)}:
-            return []
-        made.add(node)
-        todo += node.all_input_nodes
-    return sorted(made, key=position.__getitem__)
