@@ -31,6 +31,7 @@ __all__ = ["check_agreement"]
 _KINDS = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
           "copy_to_group", "sum_over_group",        # of exchange="all_reduce": all-reduces, of the backward and the forward
           "unshard")                                # of one sharded parameter: an all-gather
+_BUCKETS = {averaged: "all_reduce of gradients", unshard_bucket: "all_gather of parameters"}
 
 
 class Collective(NamedTuple):
@@ -53,14 +54,10 @@ def collectives_of(gm: GraphModule) -> tuple[Collective, ...]:
 
 
 def _collective(node: Node) -> Collective | None:
-    if node.target is averaged:
+    if node.target in _BUCKETS:
         group, _, _, dtype, _ = node.args[0]
-        numel = sum(p.numel() if (p := value_of(n)) is not None else 0 for n in node.args[1:])
-        return Collective("all_reduce of gradients", _ranks(group), dtype.removeprefix("torch."), (numel,))
-    if node.target is unshard_bucket:
-        group, _, _, dtype, _ = node.args[0]
-        numel = sum(p.numel() if (p := value_of(n)) is not None else 0 for n in node.args[2:])
-        return Collective("all_gather of parameters", _ranks(group), dtype.removeprefix("torch."), (numel,))
+        numel = sum(p.numel() if (p := value_of(n)) is not None else 0 for n in node.all_input_nodes)
+        return Collective(_BUCKETS[node.target], _ranks(group), dtype.removeprefix("torch."), (numel,))
     op = op_name(node)
     if op.rstrip("_").removesuffix("_coalesced") not in _KINDS:
         return None

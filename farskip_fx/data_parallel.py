@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .collectives import all_reduce
 from .errors import ConfigError, GradientError
@@ -161,6 +161,11 @@ def _shard_of(parameter: Tensor) -> ExpertShard | None:
     return getattr(parameter, "_farskip_expert_group", None)
 
 
+def _slice_of(parameter: Tensor) -> DenseShard | None:
+    """The mark of `sharding`."""
+    return getattr(parameter, MARK, None)
+
+
 def mark_shards(model: nn.Module) -> None:
     """Put the marks on the parameters of a model that may be a deepcopy of a sharded one: a copied parameter has none."""
     for _, module in _sharded_modules(model):
@@ -225,17 +230,19 @@ def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParal
         paused: inside `no_sync`. Slices are gathered, and their gradients averaged and scattered, all the same.
     """
     limit = int(parallel.bucket_mb * 2**20)
-    gathered = in_buckets(gm.graph, _gathers(gm, example_inputs), limit)
+    found: dict[int, tuple[nn.Parameter, list[Node]]] = {}      # a tied one comes in several times
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
+        if isinstance(value, nn.Parameter):
+            found.setdefault(id(value), (value, []))[1].append(node)
+    gathered = in_buckets(gm.graph, _gathers(found.values()), limit)
     if gathered:
         insert_gathers(gm.graph, gathered, unshard_bucket)
     if paused:
         return len(gathered)
-    found: dict[int, list] = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
-        if isinstance(value, nn.Parameter) and value.requires_grad and not hasattr(value, MARK):
-            found.setdefault(id(value), [value]).append(node)
     entrances = []
-    for parameter, *nodes in found.values():
+    for parameter, nodes in found.values():
+        if not parameter.requires_grad or hasattr(parameter, MARK):
+            continue
         _averaged.add(parameter)
         mean = parallel.mean_of(parameter)
         if mean.divisor > 1:
@@ -249,18 +256,15 @@ def average_gradients(gm: GraphModule, example_inputs: list, parallel: DataParal
     return len(gathered) + len(buckets)
 
 
-def _gathers(gm: GraphModule, example_inputs: list) -> list[Entrance]:
+def _gathers(parameters: Iterable[tuple[nn.Parameter, list[Node]]]) -> list[Entrance]:
     """Sliced parameters that become whole in this graph."""
-    found: dict[int, list] = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), example_inputs):
-        if isinstance(value, nn.Parameter) and hasattr(value, MARK):
-            found.setdefault(id(value), [value]).extend(gathers_of(node))
     entrances = []
-    for part, *nodes in found.values():
+    for part, entering in parameters:
+        shard = _slice_of(part)
+        nodes = tuple(gather for node in entering for gather in gathers_of(node)) if shard is not None else ()
         if nodes:
-            shard: DenseShard = getattr(part, MARK)
             kind = (shard.group, shard.size, part.requires_grad, str(part.dtype), str(part.device))
-            entrances.append(Entrance(nodes=tuple(nodes), kind=kind, size=part.nbytes * shard.size, length=shard.shape[0]))
+            entrances.append(Entrance(nodes=nodes, kind=kind, size=part.nbytes * shard.size, length=shard.shape[0]))
     return entrances
 
 
@@ -365,9 +369,12 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float, norm_t
     parameters = [p for p in (model.parameters() if isinstance(model, nn.Module) else model) if p.requires_grad]
     dense, shards = [], {}
     for parameter in parameters:
-        shard = _shard_of(parameter)
-        group = shard.group.name if shard is not None else getattr(parameter, MARK).group if hasattr(parameter, MARK) else None
-        (dense if group is None else shards.setdefault(group, [])).append(parameter)
+        if (shard := _shard_of(parameter)) is not None:
+            shards.setdefault(shard.group.name, []).append(parameter)
+        elif (part := _slice_of(parameter)) is not None:
+            shards.setdefault(part.group, []).append(parameter)
+        else:
+            dense.append(parameter)
     device = parameters[0].device if parameters else torch.device("cpu")
     total = _power(dense, norm_type, device)
     for group in sorted(shards):

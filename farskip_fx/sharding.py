@@ -118,9 +118,11 @@ def shard_dense(model: nn.Module, group: str, size: int, rank: int) -> None:
     Left whole: scalars, parameters with fewer rows than ranks, and those of modules that keep their own list of weights
     (RNNs); data parallelism averages their gradients.
     """
+    if size == 1:
+        return
     made: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
-        if size == 1 or hasattr(module, "_flat_weights"):
+        if hasattr(module, "_flat_weights"):
             continue
         sliced = {}
         for name, whole in list(module._parameters.items()):
@@ -138,9 +140,14 @@ def shard_dense(model: nn.Module, group: str, size: int, rank: int) -> None:
     # `made` has kept no whole parameter alive: only ids, and every one that is still to come is in the model.
 
 
+def is_part(parameter: Tensor) -> bool:
+    """Whether this rank holds a part of a parameter: a slice, or a shard of `expert_parallel`."""
+    return hasattr(parameter, MARK) or hasattr(parameter, "_farskip_expert_group")
+
+
 def _can_slice(whole: Tensor | None, size: int) -> bool:
     return (isinstance(whole, nn.Parameter) and whole.dim() > 0 and whole.size(0) >= size and not whole.is_meta
-            and not hasattr(whole, MARK) and not hasattr(whole, "_farskip_expert_group"))
+            and not is_part(whole))
 
 
 def _gather_on_reading(module: nn.Module, shards: dict[str, DenseShard]) -> None:

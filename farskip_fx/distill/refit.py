@@ -39,7 +39,7 @@ from ..config import FarskipConfig
 from ..errors import ConfigError
 from ..passes.dataflow import storages_of, written_arguments
 from ..passes.residual import Update
-from ..sharding import MARK
+from ..sharding import is_part
 from .gram import Gram, Missed
 from .pair import Pair, evaluating, trace_pair
 from .program import Program, Values, is_floating
@@ -117,7 +117,7 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
     """
     if not ridge > 0:
         raise ConfigError(f"ridge must be above 0, got {ridge!r}")
-    if any(hasattr(p, "_farskip_expert_group") or hasattr(p, MARK) for p in model.parameters()):
+    if any(map(is_part, model.parameters())):
         raise ConfigError("this model is sharded (expert_parallel, or data_parallel with shard=True), and a refit needs whole "
                           "parameters: refit before that, or farskip_fx.gather_experts(model) first")
     config = FarskipConfig(connectivity=connectivity, layers=layers) if config is None else config
