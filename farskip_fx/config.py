@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .connectivity import CONNECTIVITIES, known_names
@@ -88,10 +88,7 @@ class FarskipConfig:
     @classmethod
     def from_dict(cls, options: Mapping) -> FarskipConfig:
         """Build from ``torch.compile``'s ``options`` or from JSON; unknown keys are an error."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
+        refuse_unknown(options, [f.name for f in dataclasses.fields(cls)], "unknown option ", "; known options: ")
         return cls(**options)
 
     @classmethod
@@ -165,6 +162,13 @@ def merge(saved: Mapping | None, options: Mapping) -> dict:
     return merged
 
 
+def refuse_unknown(given: Mapping, known: Iterable[str], before: str, between: str) -> None:
+    """Raise ConfigError for keys that are not ``known``: "BEFORE 'key' BETWEEN a, b, c"."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"{before}{', '.join(map(repr, unknown))}{between}{', '.join(known)}")
+
+
 def _one_of(field: str, value, known) -> None:
     if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{field}={value!r} is not known; choose one of {', '.join(known)}")
@@ -193,8 +197,5 @@ def _layers(value) -> str | tuple[int, ...]:
 
 
 def _rates(data: Mapping) -> Rates:
-    known = [f.name for f in dataclasses.fields(Rates)]
-    unknown = sorted(set(data) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown rate {', '.join(map(repr, unknown))}; known rates: {', '.join(known)}")
+    refuse_unknown(data, [f.name for f in dataclasses.fields(Rates)], "unknown rate ", "; known rates: ")
     return Rates(**data)

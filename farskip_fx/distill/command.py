@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..config import refuse_unknown
 from ..errors import ConfigError
 from .config import DistillConfig, read
 
@@ -97,21 +98,15 @@ def parse(path: str | Path) -> tuple[dict, dict, DistillConfig, dict]:
         ConfigError: something is missing, unknown, or of the wrong kind.
     """
     data = read(path)
-    _known(path, data, _PARTS)
+    refuse_unknown(data, _PARTS, f"{path}: unknown ", "; known: ")
     for name in ("model", "data", "training"):
         if name not in data:
             raise ConfigError(f"{path} has no {name!r}; a run needs model, data and training")
     for name in ("data", "lora", "distill", "training"):
         if not isinstance(data.get(name, {}), Mapping):
             raise ConfigError(f"{path}: {name!r} must be a mapping of options")
-    _known(f"{path}, data", data["data"], _DATA)
+    refuse_unknown(data["data"], _DATA, f"{path}, data: unknown ", "; known: ")
     text = {**_DATA, **data["data"]}
     if not isinstance(text["files"], list):
         raise ConfigError(f"{path}: data needs files, a list of paths or patterns")
     return data, text, DistillConfig.from_dict(data.get("distill", {})), dict(data["training"])
-
-
-def _known(where, given, known) -> None:
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ConfigError(f"{where}: unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")

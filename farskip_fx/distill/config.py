@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import FarskipConfig
+from ..config import FarskipConfig, refuse_unknown
 from ..errors import ConfigError
 from .teacher import MODES
 
@@ -79,10 +79,7 @@ class DistillConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping) -> DistillConfig:
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(f"unknown option {', '.join(map(repr, unknown))} of distillation; known: {', '.join(known)}")
+        refuse_unknown(options, [f.name for f in dataclasses.fields(cls)], "unknown option ", " of distillation; known: ")
         return cls(**options)
 
     @classmethod
