@@ -109,8 +109,7 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
                      for block in layer.leading for node in blocks.flow.members(block.contribution.branch)]
             report.split = split_attention(gm.graph, calls, parts=config.attention_parts).calls
     if result.refused:
-        text = "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in result.refused)
-        _refuse(config, RefusedError, f"connectivity {config.connectivity!r} cannot be applied: {text}. Choose other "
+        _refuse(config, RefusedError, f"connectivity {config.connectivity!r} cannot be applied: {result.refusals}. Choose other "
                 "layers or another connectivity, or pass strict=False to leave these layers as they are")
 
 

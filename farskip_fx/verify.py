@@ -149,11 +149,7 @@ class _Trace:
     def _detected(self, gm: GraphModule) -> Blocks:
         inline_checkpoints(gm, gradients=False)
         normalize(gm.graph)
-        streams = find_streams(gm.graph, busy=is_busy)
-        blocks = streams if isinstance(streams, NoStream) else detect(streams)
-        if not isinstance(blocks, Blocks):
-            raise RefusedError(f"nothing to verify: {blocks.reason}")
-        return blocks
+        return blocks_of(gm, "verify")
 
     def _with_states(self, gm: GraphModule, blocks: Blocks) -> GraphModule:
         output = next(iter(reversed(gm.graph.nodes)))
@@ -164,6 +160,15 @@ class _Trace:
     def _seeded(self, call: Callable, *args):
         torch.random.set_rng_state(self.seed)
         return call(*args)
+
+
+def blocks_of(gm: GraphModule, purpose: str) -> Blocks:
+    """The blocks of a normalized graph; RefusedError where there is nothing to ``purpose``."""
+    streams = find_streams(gm.graph, busy=is_busy)
+    blocks = streams if isinstance(streams, NoStream) else detect(streams)
+    if not isinstance(blocks, Blocks):
+        raise RefusedError(f"nothing to {purpose}: {blocks.reason}")
+    return blocks
 
 
 def _original(converted: Converted, trace: _Trace) -> Callable:

@@ -79,6 +79,11 @@ class Rewired:
     def refused(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.reason is not None)
 
+    @property
+    def refusals(self) -> str:
+        """What was refused, and why, for an error message."""
+        return "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in self.refused)
+
 
 def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
            layers: Collection[int]) -> Rewired:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,11 @@ from ..convert import converted_of
 from ..errors import ConfigError, RefusedError, SplitModelError
 from ..passes._torch import COMPILED_APART
 from ..passes.checkpointing import inline_checkpoints
-from ..passes.detect import Blocks, NoBlocks, detect, is_busy
+from ..passes.detect import Blocks
 from ..passes.normalize import normalize
-from ..passes.residual import NoStream, find_streams
 from ..passes.rewire import Rewired, hidden_from, rewire
+from ..verify import blocks_of
+from .head import in_eval_mode
 from .program import Program
 
 
@@ -62,13 +62,12 @@ def trace_pair(model: nn.Module, batches: Iterable, config: FarskipConfig) -> Pa
     normalize(gm.graph)
     twin_gm = copy.deepcopy(gm)
     twin = dict(zip(gm.graph.nodes, twin_gm.graph.nodes))
-    blocks, twin_blocks = _detected(gm), _detected(twin_gm)
+    blocks, twin_blocks = blocks_of(gm, "refit"), blocks_of(twin_gm, "refit")
     how = plan_of(config, len(blocks.layers))
     hidden = frozenset(hidden_from(blocks, **how)) if config.names else frozenset()
     rewired = rewire(twin_gm.graph, twin_blocks, **how)
     if rewired.refused and config.strict:
-        text = "; ".join(f"layer {layer.index} ({layer.label}): {layer.reason}" for layer in rewired.refused)
-        raise RefusedError(f"connectivity {config.connectivity!r} cannot be applied: {text}. Choose other layers or another "
+        raise RefusedError(f"connectivity {config.connectivity!r} cannot be applied: {rewired.refusals}. Choose other layers or another "
                            "connectivity")
     parameters, fixed, varying = _sorted_arguments(model, gm, calls)
     teacher = Program(gm, weights=parameters, inputs=varying[0])
@@ -91,7 +90,7 @@ def _traced(model: nn.Module, batches: Iterable) -> tuple[GraphModule, list[tupl
 
     compiled = torch.compile(lambda **kwargs: model(**kwargs), backend=backend, fullgraph=True, dynamic=False,
                              **COMPILED_APART)
-    with torch.no_grad(), evaluating(model), one_graph(model), warnings.catch_warnings():
+    with torch.no_grad(), in_eval_mode(model), one_graph(model), warnings.catch_warnings():
         for batch in batches:
             try:
                 compiled(**_arguments(model, batch))
@@ -123,26 +122,6 @@ def _arguments(model: nn.Module, batch) -> dict:
     if not isinstance(batch, Mapping) and "input_ids" not in accepts:
         given[next(iter(accepts))] = given.pop("input_ids")
     return given
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module gets its own mode back."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _detected(gm: GraphModule) -> Blocks:
-    streams = find_streams(gm.graph, busy=is_busy)
-    blocks = streams if isinstance(streams, NoStream) else detect(streams)
-    if isinstance(blocks, (NoStream, NoBlocks)):
-        raise RefusedError(f"nothing to refit: {blocks.reason}")
-    return blocks
 
 
 def _sorted_arguments(model: nn.Module, gm: GraphModule, calls: list[tuple]):
