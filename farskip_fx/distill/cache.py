@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..expert_parallel import _sharded_modules
 from .head import base_of, check_head
 from .loss import Head, TopK
 from .teacher import Teacher
@@ -81,7 +82,7 @@ def build(folder: str | Path, teacher: Teacher, dataset, *, top_k: int, temperat
         ConfigError: rows of different lengths; sharded experts (their ranks would wait for each other).
     """
     folder, model = Path(folder), teacher.model
-    if any("_farskip_experts" in module.__dict__ for module in model.modules()):
+    if next(_sharded_modules(model), None) is not None:
         raise ConfigError("a cache is built before farskip_fx.expert_parallel: ranks take different rows, and would wait "
                           "for each other in an exchange")
     folder.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,11 @@ def base_of(model: nn.Module) -> nn.Module:
             return model
 
 
+def text_config(base: nn.Module):
+    """The config of the language model, where that of ``base`` holds several."""
+    return base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+
+
 def decoder_under_head(model: nn.Module) -> nn.Module:
     """The module whose result the head reads.
 
@@ -101,7 +106,7 @@ def candidates(model: nn.Module) -> list[Head]:
         raise RefusedError(f"the head of {type(base).__name__} is {type(layer).__name__}{kind}, and the loss reads a plain "
                            "nn.Linear: leave the head out of LoRA's target_modules and modules_to_save, and out of "
                            "quantization")
-    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    config = text_config(base)
     caps = [value for name in _CAPS if (value := getattr(config, name, None))]
     scales = [[function(value) for function in functions] for name, functions in _FACTORS.items()
               if (value := getattr(config, name, None)) not in (None, 0, 1, 1.0)] or [[1.0]]

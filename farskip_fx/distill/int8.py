@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .head import base_of
+from .head import base_of, text_config
 
 
 class Int8Experts(nn.Module):
@@ -57,7 +57,7 @@ def quantize(model: nn.Module) -> nn.Module:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     base = base_of(model)
     head = base.get_output_embeddings()
-    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    config = text_config(base)
     counts = {getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts",
                                                        "moe_num_experts")} - {None}
 

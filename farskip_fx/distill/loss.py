@@ -23,7 +23,7 @@ gradient of the logits is rounded to bf16 before the two matrix products of the 
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,13 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def with_weights(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The same way to make logits, of other tensors."""
+        return replace(self, weight=weight, bias=bias)
+
+    def detached(self) -> Head:
+        return self.with_weights(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, vocabulary] in float32 (float64), without gradients: of one chunk."""
@@ -138,9 +145,7 @@ def distillation_loss(hidden: Tensor, head: Head, teacher: Dense | TopK, targets
     if targets.device != flat.device:
         targets = targets.to(flat.device)
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    how = _How(head=Head(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(),
-                         scale=head.scale, softcap=head.softcap),
-               temperature=float(temperature), kl=float(kl), cross_entropy=float(cross_entropy),
+    how = _How(head=head.detached(), temperature=float(temperature), kl=float(kl), cross_entropy=float(cross_entropy),
                rows=max(1, int(chunk_mb * 2**20 / (4 * head.weight.shape[0]))))
     total, sums = _Distillation.apply(flat, head.weight, head.bias, teacher, targets, kept, how)
     items = len(kept) if items is None else items
@@ -332,9 +337,7 @@ def _add_outer(total: Tensor, gradient: Tensor, states: Tensor) -> None:
 
 def _flat(teacher: Dense | TopK) -> Dense | TopK:
     if isinstance(teacher, Dense):
-        return Dense(teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1]), Head(
-            weight=teacher.head.weight.detach(), bias=None if teacher.head.bias is None else teacher.head.bias.detach(),
-            scale=teacher.head.scale, softcap=teacher.head.softcap))
+        return Dense(teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1]), teacher.head.detached())
     k = teacher.indices.shape[-1]
     return TopK(teacher.indices.reshape(-1, k), teacher.log_probs.reshape(-1, k), teacher.log_tail.reshape(-1))
 

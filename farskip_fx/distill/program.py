@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
@@ -198,7 +197,3 @@ def _regions(nodes: list[Node]) -> list[tuple[int, int]]:
         elif op_name(node) == "_vmap_decrement_nesting" and open_:
             found.append((open_.pop(), place))
     return found
-
-
-def is_floating(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -26,7 +26,8 @@ from torch.fx.node import map_arg
 
 from ..passes.dataflow import op_name, value_of
 from ..passes.operations import CASTS, EXCHANGES, LINEAR_MAPS, TRANSPOSES, VIEWS
-from .program import Program, is_floating
+from ..passes.sums import is_float
+from .program import Program
 
 _GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 _MAPS = LINEAR_MAPS | _GROUPED
@@ -122,7 +123,7 @@ def _projection(program: Program, node: Node, name: str, branch: int) -> Project
         return chain
     parameter, views = chain
     weight, x, out = value_of(second), value_of(first), value_of(node)
-    if not is_floating(weight) or not is_floating(x) or not is_floating(out):
+    if not is_float(weight) or not is_float(x) or not is_float(out):
         return "its weight is no plain floating-point tensor"
     if name in _GROUPED:
         offsets = node.kwargs.get("offs", node.args[2] if len(node.args) > 2 else None)
@@ -145,7 +146,7 @@ def _chain(node: Node) -> tuple[Node, tuple[Node, ...]] | str:
         name = op_name(node)
         if name in CASTS:
             source, cast = value_of(node.args[0]), value_of(node)
-            if not is_floating(source) or not is_floating(cast):
+            if not is_float(source) or not is_float(cast):
                 return f"{node.name} makes the weight from something else than floating-point numbers"
         elif name in _KEEPS_MEMORY and len(node.all_input_nodes) == 1:
             views.append(node)
@@ -154,9 +155,13 @@ def _chain(node: Node) -> tuple[Node, tuple[Node, ...]] | str:
         node = node.args[0]
         if not isinstance(node, Node):
             return "its weight is not understood"
-    if not isinstance(value_of(node), torch.nn.Parameter) and "_parameters" not in str(node.target):
+    if not _is_parameter(node):
         return "its weight is no parameter"
     return node, tuple(reversed(views))
+
+
+def _is_parameter(placeholder: Node) -> bool:
+    return isinstance(value_of(placeholder), torch.nn.Parameter) or "_parameters" in str(placeholder.target)
 
 
 def _parameter_above(node: Node) -> Node | None:
@@ -168,7 +173,7 @@ def _parameter_above(node: Node) -> Node | None:
             continue
         seen.add(current)
         if current.op == "placeholder":
-            if not (isinstance(value_of(current), torch.nn.Parameter) or "_parameters" in str(current.target)):
+            if not _is_parameter(current):
                 return None
             found = current
         todo += current.all_input_nodes
@@ -188,19 +193,14 @@ def _used_once(found: list[Projection]) -> tuple[list[Projection], list[tuple[No
     for one in found:
         by_parameter.setdefault(one.parameter, []).append(one)
     for parameter, ones in by_parameter.items():
-        ends = {_reader(one) for one in ones}
         slices = [_slice(one) for one in ones]
-        if len(ends) == len(ones) == _readers(parameter) and (len(ones) == 1 or None not in slices and
-                                                              len(set(slices)) == len(slices)):
+        apart = len(ones) == 1 or None not in slices and len(set(slices)) == len(slices)
+        if len(ones) == _readers(parameter) and apart:
             kept += ones
         else:
             left.append((parameter, "it is used more than once"))
     order = {one.node: i for i, one in enumerate(found)}
     return sorted(kept, key=lambda one: order[one.node]), left
-
-
-def _reader(one: Projection) -> Node:
-    return one.node
 
 
 def _readers(parameter: Node) -> int:
@@ -210,7 +210,7 @@ def _readers(parameter: Node) -> int:
         for user in todo.pop().users:
             if op_name(user) in _KEEPS_MEMORY | CASTS | {"contiguous", "reshape"}:
                 todo.append(user)
-            elif op_name(user) not in ("size", "dim", "numel", "stride", "getattr") or is_floating(value_of(user)):
+            elif op_name(user) not in ("size", "dim", "numel", "stride", "getattr") or is_float(value_of(user)):
                 count += user.op != "output"
     return count
 

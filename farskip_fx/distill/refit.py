@@ -39,10 +39,12 @@ from ..config import FarskipConfig
 from ..errors import ConfigError
 from ..passes.dataflow import storages_of, written_arguments
 from ..passes.residual import Update
+from ..passes.sums import is_float
 from ..sharding import is_part
 from .gram import Gram, Missed
-from .pair import Pair, evaluating, trace_pair
-from .program import Program, Values, is_floating
+from .head import in_eval_mode
+from .pair import Pair, trace_pair
+from .program import Program, Values
 from .projections import Left, Projection, find_projections
 
 
@@ -124,7 +126,7 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
     began = time.perf_counter()
     pair = trace_pair(model, batches, config)
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    with evaluating(model):
+    with in_eval_mode(model):
         run = _Refit(pair, names, ridge=ridge, aim_outputs=aim_outputs, head=head, group=group, gram_bytes=gram_bytes)
         done = run.all(progress)
     tokens = sum(max((v.shape[:2].numel() for v in call.values() if isinstance(v, Tensor)), default=0)
@@ -294,7 +296,6 @@ class _Refit:
         for batch in range(len(self.teacher.batches)):
             rows = self._matched(part, batch) if targets is None else self._aimed(part, batch, after, targets[batch])
             for one, expert, x, r, target in rows:
-                # Equal inputs have one sum; those of aimed projections are weighted, each in its own way.
                 sums = missed.get((one, expert))
                 if sums is None:        # equal inputs have one sum; those of aimed projections have weights of their own
                     key = (one.data if targets is None else one.node, one.offsets, expert)
@@ -451,7 +452,7 @@ def _imposed(program: Program, branch: int, routers: int, streams) -> dict[Node,
                 for a in program.inputs(node)):
             carriers.add(node)
         value = node.meta.get("example_value")
-        whole = isinstance(value, (int, torch.SymInt)) or isinstance(value, Tensor) and not is_floating(value)
+        whole = isinstance(value, (int, torch.SymInt)) or isinstance(value, Tensor) and not is_float(value)
         if whole or node not in carriers and (bit | flow.ancestors(node)) & routers:
             imposed[node] = None
     return imposed

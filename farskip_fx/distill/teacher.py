@@ -51,7 +51,7 @@ class Teacher:
         if self.head.weight.device != device:
             self.model.to(device)
             layer = base_of(self.model).get_output_embeddings()
-            self.head = Head(weight=layer.weight, bias=layer.bias, scale=self.head.scale, softcap=self.head.softcap)
+            self.head = self.head.with_weights(layer.weight, layer.bias)
 
 
 class SharedTeacher(Teacher):

@@ -26,10 +26,11 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from ..convert import apply
 from ..data_parallel import clip_grad_norm_, data_parallel, no_sync, reduce_gradients
 from ..errors import CheckpointError, ConfigError
+from ..expert_parallel import _sharded_modules
 from .cache import INDEX, ROW, CachedTeacher, Rows, build, with_rows
 from .config import DistillConfig, write
 from .evaluation import assert_rewired, bytes_of, labels_of, targets_of
-from .head import base_of, head_of, hidden_states
+from .head import base_of, check_head, head_of, hidden_states
 from .loss import NAMES, Head, Sums, distillation_loss
 from .teacher import Teacher, make_teacher, require_original
 
@@ -91,12 +92,12 @@ def _teachers(config: DistillConfig, model: nn.Module, original: nn.Module | Non
         return teacher, teacher, dataset, eval_dataset, collator
     original = model if original is None else original
     require_original(original, of="teacher")
-    opened = []
+    opened, live = [], None
     for name, data in (("train", dataset), ("eval", eval_dataset)):
         if data is None:
             opened.append(None)
             continue
-        folder, live = Path(config.cache) / name, None
+        folder = Path(config.cache) / name
         if not (folder / INDEX).exists():
             live = live or _live_teacher(original, args.device)
             build(folder, live, data, top_k=config.top_k, temperature=config.temperature,
@@ -107,7 +108,6 @@ def _teachers(config: DistillConfig, model: nn.Module, original: nn.Module | Non
 
 
 def _live_teacher(model: nn.Module, device: torch.device) -> Teacher:
-    from .head import check_head
     model.to(device).eval()
     return Teacher(model, check_head(model))
 
@@ -177,8 +177,8 @@ class DistillTrainer(Trainer):
 
     def _head(self) -> Head:
         """The student's: its tensors change place when a trainer moves or shards them. How the logits are made does not."""
-        checked = self.teacher.head
-        return dataclasses.replace(head_of(self.model), scale=checked.scale, softcap=checked.softcap)
+        own = head_of(self.model)
+        return self.teacher.head.with_weights(own.weight, own.bias)
 
     def _router_logits(self, part: str) -> dict:
         wanted = part == "train" and bool(self.distillation.router_aux_loss)
@@ -372,7 +372,7 @@ class _BeforeTheStep(TrainerCallback):
 
 def _shard_gradients(model: nn.Module, args: TrainingArguments, group) -> float | None:
     """Prepare for sharded experts; the norm to clip at, or None for a model without shards."""
-    shards = [m.__dict__["_farskip_experts"] for m in model.modules() if "_farskip_experts" in m.__dict__]
+    shards = [module._farskip_experts for _, module in _sharded_modules(model)]
     if not shards:
         if group is not None:
             raise ConfigError("data_parallel is for sharded experts (call farskip_fx.expert_parallel first); without them "
