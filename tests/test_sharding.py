@@ -109,7 +109,6 @@ def test_gathered_again_and_asked_for_early(fake_group):
     model = fs.expert_parallel(model_of(), None)
     parallel = fs.data_parallel(model, None, bucket_mb=0.01, shard=True)
     fs.apply(model, data_parallel=parallel)
-    orders = []
     with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
         step(model, batch()[:2])
         report = fs.last_reports()[-1]

@@ -1,7 +1,7 @@
 """An exchange that takes as long as over a slow link, on one GPU: a process group of one rank, on a stream of its own.
 
-`init(rate)` makes the default group one of a single rank whose collectives copy (what arrives is what was sent), on a side
-stream, after an idle kernel of bytes / rate seconds. Launches and waits are those of any process group: the functional
+`init()` makes the default group one of a single rank whose collectives copy (what arrives is what was sent), on a side
+stream, after an idle kernel of bytes / `LINK.rate` seconds. Launches and waits are those of any process group: the functional
 collectives in a compiled graph go through PyTorch's own registry of work, and a wait makes the compute stream wait for the
 side stream. So order and overlap on the device are real; numbers are those of one process; only the link is not.
 """
@@ -36,7 +36,7 @@ class _Work(dist.Work):
 
     def __init__(self, result: list[Tensor], event: torch.cuda.Event | None, held: list[Tensor]) -> None:
         super().__init__()
-        self._result, self._event, self._held = result, event, held
+        self._event, self._held = event, held
         self._future = torch.futures.Future()
         self._future.set_result(result)
 

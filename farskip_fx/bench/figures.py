@@ -14,7 +14,7 @@ The bound of the connectivity (farskip and ladder; DESIGN.md 6.12)
     weight gradients need not be ready when the exchange leaves.
 
     Compute is the whole graph on the fast link, so it holds what an exchange costs the core. Routed experts, routers
-    routers and the head are measured by themselves, at their best. Where a choice was open the smaller value was taken: no
+    and the head are measured by themselves, at their best. Where a choice was open the smaller value was taken: no
     schedule of this connectivity should come out below the bound, apart from noise.
 
 With means of gradients (mode step)
