@@ -398,14 +398,14 @@ def test_end_to_end_without_inductor(tmp_path):
     from farskip_fx.bench.run import run, wrong
 
     path, ratios = tmp_path / "out" / "bench.json", (0.5, 1.0)
-    spec = Spec(forward=TINY, train=TINY, modes=("forward", "train"), variants=("stock", "rewired_stock", "farskip"),
+    spec = Spec(forward=TINY, train=TINY, modes=("forward", "train"), variants=("stock", "farskip"),
                 ratios=ratios, inner="aot_eager", rounds=2, silence_s=480.0)
     with open(os.devnull, "w") as nowhere:
         result = run(spec, Console(file=nowhere), json_path=path)
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert not wrong(result)
     for mode in spec.modes:
-        check_schema(result, mode, ["stock", "rewired_stock", "farskip"])
+        check_schema(result, mode, ["stock", "farskip"])
         assert [point["ratio"] for point in result[mode]["curve"]] == list(ratios)
         # Counts, dispatch and combine of each layer; backward has no counts.
         assert len(result[mode]["exchanges"]) == 3 * TINY.layers + (2 * TINY.layers if mode == "train" else 0)

@@ -203,7 +203,8 @@ def inductor(gm, example_inputs):
     return compile_fx(gm, example_inputs, config_patches={})
 
 
-@pytest.mark.parametrize("compiler, reentrant", [(None, False), (None, True), (inductor, False)])
+@pytest.mark.parametrize("compiler, reentrant", [
+    (None, False), (None, True), pytest.param(inductor, False, marks=pytest.mark.slow)])
 def test_regions_inside_of_regions(compiler, reentrant):
     want, plain, _ = gradients({"checkpointing": False}, compiler=compiler)
     got, inlined, gm = gradients({"reentrant": reentrant}, compiler=compiler)

@@ -321,6 +321,7 @@ def test_dynamic_and_fullgraph(model, dynamic):
     assert len(new) == {True: 1, None: 2, False: 3}[dynamic]
 
 
+@pytest.mark.slow
 def test_dynamic_training_through_aot(model):
     fast = torch.compile(model, backend="farskip", options={"inner": "aot_eager"}, dynamic=True)
     for shape in ((2, 8), (3, 5)):

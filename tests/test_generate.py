@@ -52,7 +52,8 @@ def compile_config(**options):
 
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("family,connectivity", [
-    *(("deepseek_v3", name) for name in ("none", "farskip", "attn_only", "mlp_only", "ladder")),
+    ("deepseek_v3", "farskip"),
+    *(pytest.param("deepseek_v3", name, marks=pytest.mark.slow) for name in ("none", "attn_only", "mlp_only", "ladder")),
     ("qwen3_moe", "farskip"), ("nemotron_h", "farskip"), ("gpt_oss", "ladder"), ("glm_moe_dsa", "attn_only"),
     ("qwen3_next", "farskip"),
 ])
@@ -85,7 +86,8 @@ def test_prefill_in_chunks():
 # --- other ways to search: what comes out with a cache is what comes out without ----------------------------------
 
 @pytest.mark.parametrize("options", [
-    {"do_sample": False, "num_beams": 3}, {"do_sample": True, "top_k": 20}, {"do_sample": True, "num_beams": 2},
+    pytest.param({"do_sample": False, "num_beams": 3}, marks=pytest.mark.slow), {"do_sample": True, "top_k": 20},
+    pytest.param({"do_sample": True, "num_beams": 2}, marks=pytest.mark.slow),
 ], ids=["beams", "sampling", "beam sampling"])
 def test_search(options):
     model, texts = applied(), []
@@ -95,6 +97,7 @@ def test_search(options):
     assert torch.equal(*texts)
 
 
+@pytest.mark.slow
 def test_assisted():
     """The assistant proposes, the converted model decides: the text is its own greedy one, whoever assists."""
     ids = IDS[:1]
@@ -107,7 +110,7 @@ def test_assisted():
 
 @pytest.mark.parametrize("options", [{}, {"backend": "aot_eager", "mode": None}, {"backend": "farskip", "mode": None}],
                          ids=["default", "aot_eager", "farskip"])
-@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("chunk", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_converted_model_is_not_compiled_again(options, chunk):
     got = applied().generate(IDS, cache_implementation="static", compile_config=compile_config(**options),
                              prefill_chunk_size=chunk, **GREEDY)

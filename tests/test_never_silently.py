@@ -190,7 +190,7 @@ def test_apply_raises_when_run_eagerly(model):
         model(**INPUTS)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_apply_raises_under_another_backend(model, backend):
     fs.apply(model, inner="eager")
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ def converted(family, **options):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "doge", "cohere2_moe", "flex_olmo"])
-@pytest.mark.parametrize("connectivity", ["farskip", "ladder"])
+@pytest.mark.parametrize("connectivity", ["farskip", pytest.param("ladder", marks=pytest.mark.slow)])
 def test_a_right_model_agrees(family, connectivity):
     model, inputs = converted(family, connectivity=connectivity)
     found = fs.verify(model, **inputs)
