@@ -148,12 +148,13 @@ def assert_rewired(model: nn.Module) -> int:
             raise WrongConnectivityError(
                 f"no graph of this model was rewired, although it is converted ({converted.config.connectivity!r}): call it "
                 "once before it is asked, or look at farskip_fx.last_reports() for why")
-        want = len(converted.config.indices(len(report.layers)))
-        if report.rewired.rewired != want:
+        # A layer that is asked for may have nothing to change: "attn_only" behind a layer that stays as it is, say.
+        done, want = report.rewired, converted.config.indices(len(report.layers))
+        if done.refused or not done.rewired or {layer.index for layer in done.layers if layer.requested} != want:
             raise WrongConnectivityError(
-                f"{report.rewired.rewired} layers are rewired, and the conversion asks for {want} (connectivity "
-                f"{converted.config.connectivity!r}, layers {converted.config.layers!r})")
-        _counted[converted] = want
+                f"{done.rewired} layers are rewired, and the conversion asks for {len(want)} (connectivity "
+                f"{converted.config.connectivity!r}, layers {converted.config.layers!r}){done.refusals and ': ' + done.refusals}")
+        _counted[converted] = done.rewired
     return _counted[converted]
 
 
