@@ -19,7 +19,7 @@ Steps
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -105,6 +105,49 @@ def hidden_from(blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer
     """What ``rewire`` would hide, by the node of the contribution of the block that it is hidden from; for checks."""
     _, plan, _ = _decide(blocks, connectivity, layers)
     return {redirect.block.node: redirect.hidden for redirects in plan.values() for redirect in redirects}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """What one block would read: ``value`` in the place of ``state``."""
+    block: Block
+    state: Node
+    value: Node
+    shared: tuple[Node, ...]     # of the block's branch, what others compute with too: the block has a copy of its own
+
+
+def build_reads(graph: Graph, blocks: Blocks, *, connectivities: Mapping[str, Callable[[Layer, Sequence[Layer]], Reads]]
+                ) -> tuple[dict[tuple[int, str], tuple[Read, ...]], dict[tuple[int, str], Reason]]:
+    """Build what the blocks of each layer would read, and redirect nothing: the model computes what it did.
+
+    Each layer is taken by itself, and what it may not see is left out whether the other layers can be rewired or not.
+
+    Args:
+        connectivities: by name.
+
+    Returns:
+        By layer and name: the reads that change (none: nothing does), and why there are none where they are not defined. The
+        values are new nodes behind the state that they replace, or earlier states; ``blocks.flow`` does not know new ones.
+    """
+    every = {layer.index for layer in blocks.layers}
+    plans: dict[tuple[int, str], list[_Redirect]] = {}
+    refused: dict[tuple[int, str], Reason] = {}
+    for layer in blocks.layers:
+        for name, connectivity in connectivities.items():
+            try:
+                if layer.doubt is not None:
+                    raise Undefined(layer.doubt)
+                plans[layer.index, name] = _plan(blocks, layer, _reads(blocks, layer.index, connectivity, every))
+            except Undefined as stop:
+                refused[layer.index, name] = stop.reason
+    builder, position = Builder(graph), blocks.flow.position
+    # In graph order, each at the place behind its state, so that a part which several have is built for the first of them.
+    redirects = sorted((r for plan in plans.values() for r in plan), key=lambda r: position[r.state])
+    behind = {r.state: r.state.next for r in redirects}
+    values = [builder.realize(r.value, behind[r.state], f"{r.state.name} without what is in flight") for r in redirects]
+    graph.lint()
+    read = {id(r): Read(block=r.block, state=r.state, value=value, shared=r.clones) for r, value in zip(redirects, values)}
+    return {key: tuple(read[id(r)] for r in plan) for key, plan in plans.items()}, refused
 
 
 def _decide(blocks: Blocks, connectivity, layers: Collection[int]):

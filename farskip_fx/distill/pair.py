@@ -57,9 +57,7 @@ def trace_pair(model: nn.Module, batches: Iterable, config: FarskipConfig) -> Pa
     if converted_of(model) is not None:
         raise ConfigError("this model is converted, and a refit compares its original connectivity with the new one: call "
                           "farskip_fx.remove(model) first, and farskip_fx.apply after the refit")
-    gm, calls = _traced(model, batches)
-    inline_checkpoints(gm, gradients=False)
-    normalize(gm.graph)
+    gm, calls = traced(model, batches, "a refit")
     twin_gm = copy.deepcopy(gm)
     twin = dict(zip(gm.graph.nodes, twin_gm.graph.nodes))
     blocks, twin_blocks = blocks_of(gm, "refit"), blocks_of(twin_gm, "refit")
@@ -69,15 +67,23 @@ def trace_pair(model: nn.Module, batches: Iterable, config: FarskipConfig) -> Pa
     if rewired.refused and config.strict:
         raise RefusedError(f"connectivity {config.connectivity!r} cannot be applied: {rewired.refusals}. Choose other layers or another "
                            "connectivity")
-    parameters, fixed, varying = _sorted_arguments(model, gm, calls)
+    parameters, fixed, varying = sorted_arguments(model, gm, calls)
     teacher = Program(gm, weights=parameters, inputs=varying[0])
     student = Program(twin_gm, weights=[twin[n] for n in parameters], inputs=[twin[n] for n in varying[0]])
     return Pair(teacher=teacher, student=student, twin=twin, blocks=blocks, hidden=hidden, rewired=rewired,
                 parameters=parameters, fixed=fixed, calls=varying)
 
 
-def _traced(model: nn.Module, batches: Iterable) -> tuple[GraphModule, list[tuple]]:
-    """The graph of the model's forward, and the arguments of that graph for each batch."""
+def traced(model: nn.Module, batches: Iterable, purpose: str) -> tuple[GraphModule, list[tuple]]:
+    """The graph of the model's forward, normalized, and the arguments of that graph for each batch.
+
+    Args:
+        purpose: "a refit": who asks, for errors.
+
+    Raises:
+        ConfigError: no batches, or batches of several shapes.
+        SplitModelError: the model is not one graph.
+    """
     graphs, calls = [], []
 
     def backend(gm: GraphModule, example_inputs: list):
@@ -102,10 +108,12 @@ def _traced(model: nn.Module, batches: Iterable) -> tuple[GraphModule, list[tupl
                     f"{type(model).__name__} is not one graph, so its stream cannot be followed: "
                     f"{str(broken).splitlines()[0]}. {way or 'Run with TORCH_LOGS=graph_breaks'}") from broken
             if len(graphs) > 1:
-                raise ConfigError("the batches of a refit must all have one shape and the same arguments: cut or pack the "
+                raise ConfigError(f"the batches of {purpose} must all have one shape and the same arguments: cut or pack the "
                                   "calibration text to one length, and leave a last, smaller batch out")
     if not calls:
-        raise ConfigError("a refit needs at least one batch of calibration text")
+        raise ConfigError(f"{purpose} needs at least one batch of calibration text")
+    inline_checkpoints(graphs[0], gradients=False)
+    normalize(graphs[0].graph)
     return graphs[0], calls
 
 
@@ -124,7 +132,7 @@ def _arguments(model: nn.Module, batch) -> dict:
     return given
 
 
-def _sorted_arguments(model: nn.Module, gm: GraphModule, calls: list[tuple]):
+def sorted_arguments(model: nn.Module, gm: GraphModule, calls: list[tuple]):
     """(parameters, what is equal in every call, the rest of each call)."""
     own, buffers = {id(p) for p in model.parameters()}, {id(b) for b in model.buffers()}
     parameters: dict[Node, nn.Parameter] = {}
