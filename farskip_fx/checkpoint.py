@@ -56,6 +56,7 @@ from .convert import Converted
 from .errors import CheckpointError, ConfigError, FarskipWarning
 from .expert_parallel import ExpertShard, _sharded_modules
 from .passes._torch import process_group
+from .saved import record
 from .sharding import DenseShard, dense_shards
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
@@ -414,7 +415,7 @@ def _take_connectivity(model: nn.Module, saved: dict | None) -> None:
     if saved is None or _connectivity(model) is not None:
         return
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config.farskip = saved
+        record(config, saved)
     warnings.warn(f"this checkpoint was trained with connectivity {saved['connectivity']!r}, and the model is not "
                   "converted: call farskip_fx.apply(model) before you run it", FarskipWarning, stacklevel=3)
 

@@ -20,6 +20,7 @@ from .data_parallel import data_parallel
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
 from .marker import mark
 from .passes._torch import COMPILED_APART, ignored_in_graphs
+from .saved import forget, record
 
 
 class Converted:
@@ -77,7 +78,8 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
 
     Replaces the forward of the module that owns the decoder layers by a compiled one, and marks its input: eager
     execution, or another backend, then raises instead of running the original connectivity. The choice is kept in
-    ``model.config.farskip`` and saved with the checkpoint; on a reloaded checkpoint ``apply(model)`` needs no options.
+    ``model.config.farskip``; ``save_pretrained`` writes it, under an architecture of its own that other software refuses (see
+    saved.py), and ``farskip_fx.from_pretrained`` loads that. On a reloaded model ``apply(model)`` needs no options.
     ``generate`` is told not to compile the model a second time (``model.generation_config.disable_compile``), which it
     does by itself on a GPU with a static cache.
 
@@ -112,7 +114,7 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     chosen = FarskipConfig.from_dict(merge(saved, given))
     owner.forward = Converted(owner.forward, chosen, dynamic=dynamic)
     for holder in settings:
-        holder.farskip = chosen.saved()
+        record(holder, chosen.saved())
     generation = getattr(model, "generation_config", None)
     if hasattr(generation, "disable_compile"):
         owner.forward.disable_compile = generation.disable_compile
@@ -132,8 +134,7 @@ def remove(model: nn.Module) -> nn.Module:
     if wrapped is not None and getattr(wrapped, "__func__", None) is not type(owner).forward:
         owner.forward = wrapped
     for holder in (getattr(model, "config", None), getattr(owner, "config", None)):
-        if getattr(holder, "farskip", None) is not None:
-            del holder.farskip
+        forget(holder)
     if hasattr(getattr(model, "generation_config", None), "disable_compile"):
         model.generation_config.disable_compile = current.disable_compile
     return model

@@ -87,6 +87,7 @@ def saves(rank, folder):
     if rank == 0:
         torch.save(logits_of_full(exported), f"{folder}/logits.pt")
         model.save_pretrained(f"{folder}/served", state_dict=exported)      # takes the tied ones out of `exported`
+    converted_on_two(rank, folder)
     losses = train(model, optimizer, range(SAVED_AT, STEPS), 1, 2)
     results = {"begin": begin, "losses": losses, "1x2": resumed(folder, 1, 2), "2x1": resumed(folder, 2, 1)}
     try:
@@ -104,6 +105,18 @@ def saves(rank, folder):
 
     dcp.FileSystemWriter.write_data = dies
     fs.save_checkpoint(f"{folder}/run/last", model, optimizer, step=STEPS)
+
+
+def converted_on_two(rank, folder):
+    """A converted checkpoint of one process is loaded on two ranks, and saved from there."""
+    if rank == 0:
+        small("farskip").save_pretrained(f"{folder}/one", max_shard_size="10KB")
+    dist.barrier()
+    loaded = fs.from_pretrained(f"{folder}/one", expert_parallel=init_device_mesh("cpu", (2,)), inner="eager")
+    state = fs.full_state_dict(loaded)
+    if rank == 0:
+        loaded.save_pretrained(f"{folder}/two", state_dict=state)
+    torch.save(logits_of(loaded), f"{folder}/converted{rank}.pt")       # both ranks send tokens
 
 
 def logits_of_full(state):
@@ -175,6 +188,12 @@ def test_resumed_on_other_ranks(tmp_path):
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
     assert torch.equal(logits_of(served), torch.load(tmp_path / "logits.pt"))
     assert list(tmp_path.glob("served/*.safetensors"))
+
+    one, two = small("farskip"), fs.from_pretrained(tmp_path / "two", inner="eager")
+    assert len(list(tmp_path.glob("one/*.safetensors"))) > 2
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"converted{rank}.pt"), logits_of(one), rtol=0, atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
