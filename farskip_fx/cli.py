@@ -1,4 +1,4 @@
-"""The command line: ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains.
+"""The command line: ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries.
 
 A verb is a function that adds its options and one that runs; VERBS lists them.
 """
@@ -68,6 +68,15 @@ again after an interruption. In it:
 distill holds the fields of farskip_fx.distill.DistillConfig, training those of transformers.TrainingArguments, and lora
 (optional) those of peft.LoraConfig, for teacher: shared."""
 
+SWEEP_TEXT = """\
+Short runs of one file, to choose batch and learning rate. As in the paper: first the batches, at the learning rate of the
+file, then the learning rates, at the best batch; with --grid every pair. Each trial has a folder under OUTPUT_DIR/sweep. Run it
+again after an interruption: finished trials are kept. Works under torchrun."""
+
+SWEEP_END = """\
+example, with the paper's values for sequences of 1024 tokens:
+  farskip sweep run.yaml --batch 64 128 256 --learning-rate 2e-5 4e-5 8e-5 --steps 2000"""
+
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -91,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"farskip {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        done = "" if args.verb == "distill" else "; ranks and link are gone"
+        done = "" if args.verb in ("distill", "sweep") else "; ranks and link are gone"
         print(f"farskip {args.verb}: interrupted{done}", file=sys.stderr)
         return 130
 
@@ -171,6 +180,27 @@ def run_distill(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_sweep(verbs: argparse._SubParsersAction) -> None:
+    sweep = verbs.add_parser("sweep", help="short distillation runs, to choose batch and learning rate", description=SWEEP_TEXT,
+                             epilog=SWEEP_END, formatter_class=argparse.RawTextHelpFormatter)
+    sweep.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run, as for farskip distill")
+    sweep.add_argument("--batch", nargs="+", type=int, default=[], metavar="N", help="sequences a step, over all ranks (the file's)")
+    sweep.add_argument("--learning-rate", nargs="+", type=float, default=[], metavar="R", help="learning rates (the file's)")
+    sweep.add_argument("--steps", type=int, default=2000, metavar="N", help="of each trial (2000)")
+    sweep.add_argument("--grid", action="store_true", help="every pair of batch and learning rate")
+    sweep.add_argument("--metric", default="kl", metavar="NAME",
+                       help="of the held-out rows: kl, cross_entropy, bits_per_byte, agree or correct (kl)")
+    sweep.add_argument("--output", type=Path, metavar="FOLDER", help="of the trials (OUTPUT_DIR/sweep)")
+    sweep.set_defaults(run=run_sweep)
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    from .distill.sweep import sweep
+    sweep(args.config, batches=args.batch, learning_rates=args.learning_rate, steps=args.steps, grid=args.grid, metric=args.metric,
+          output=args.output, console=screen())
+    return 0
+
+
 def screen() -> Console:
     """The terminal; into a log, lines wide enough for the tables."""
     console = Console()
@@ -190,7 +220,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_bench, add_demo, add_distill)
+VERBS = (add_bench, add_demo, add_distill, add_sweep)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -65,10 +65,22 @@ def texts(tokenizer, files: list[str], length: int, held_out: float) -> tuple[Pa
 
 def run(path: str | Path, console: Console) -> dict:
     """Run the file at ``path``; the metrics of the last evaluation."""
+    trainer, tokenizer, metrics = trained(read(path), path, console)
+    trainer.save_model()
+    if trainer.args.should_save:
+        tokenizer.save_pretrained(trainer.args.output_dir)
+    console.print(f"distilled: {trainer.args.output_dir}; held out: {metrics['eval_bits_per_byte']:.4f} bits a byte, KL "
+                  f"{metrics['eval_kl']:.4f}, the original's likeliest token in {metrics['eval_agree']:.2%}",
+                  highlight=False)
+    return metrics
+
+
+def trained(data: dict, path: str | Path, console: Console) -> tuple:
+    """The run that ``data``, the contents of ``path``, describes: its trainer, tokenizer and last metrics; nothing is saved yet."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
     from .trainer import distill
-    data, text, config, arguments = parse(path)
+    data, text, config, arguments = checked(data, path)
     if "output_dir" not in arguments:
         raise ConfigError(f"{path}: training needs output_dir")
     args = TrainingArguments(**arguments)
@@ -81,14 +93,7 @@ def run(path: str | Path, console: Console) -> dict:
     console.quiet = args.process_index > 0
     console.print(f"{len(train)} rows of {text['length']} tokens to train on, {len(held_out)} held out", highlight=False)
     trainer = distill(model, train, config, args=args, eval_dataset=held_out, bytes_a_token=size, resume=True)
-    metrics = trainer.evaluate()
-    trainer.save_model()
-    if args.should_save:
-        tokenizer.save_pretrained(args.output_dir)
-    console.print(f"distilled: {args.output_dir}; held out: {metrics['eval_bits_per_byte']:.4f} bits a byte, KL "
-                  f"{metrics['eval_kl']:.4f}, the original's likeliest token in {metrics['eval_agree']:.2%}",
-                  highlight=False)
-    return metrics
+    return trainer, tokenizer, trainer.evaluate()
 
 
 def parse(path: str | Path) -> tuple[dict, dict, DistillConfig, dict]:
@@ -97,7 +102,11 @@ def parse(path: str | Path) -> tuple[dict, dict, DistillConfig, dict]:
     Raises:
         ConfigError: something is missing, unknown, or of the wrong kind.
     """
-    data = read(path)
+    return checked(read(path), path)
+
+
+def checked(data: dict, path: str | Path) -> tuple[dict, dict, DistillConfig, dict]:
+    """``parse`` of what was read from ``path``."""
     refuse_unknown(data, _PARTS, f"{path}: unknown ", "; known: ")
     for name in ("model", "data", "training"):
         if name not in data:
