@@ -3,12 +3,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import FarskipConfig, refuse_unknown
+from ..connectivity import CONNECTIVITIES, known_names
 from ..errors import ConfigError
+from .exposed import CHOICES, Deployment
 from .teacher import MODES
 
 VERSION = 1
@@ -19,7 +23,14 @@ class DistillConfig:
     """Options of a distillation run. Learning rate, batch, schedule, precision, logging and saving are TrainingArguments'.
 
     Args:
-        connectivity, layers, inner: of the student, as in ``FarskipConfig``.
+        connectivity, layers, inner: of the student, as in ``FarskipConfig``. Besides, layers="auto:SHARE" ("auto" is "auto:0.9")
+            chooses a connectivity for each layer that keeps so much of the hidden time, see docs/distill.md; the run's
+            distill.yaml then says which.
+        choices: with layers="auto", the connectivities to choose from.
+        deployment: with layers="auto", where the model will run: an ``exposed.Deployment`` or a mapping of its fields (ep,
+            tokens, context, rates). None: its defaults.
+        scan_batches: with layers="auto", batches of the dataset (per_device_train_batch_size rows each) that layers are
+            measured on; over all ranks, and at least one on each.
         teacher: "copy", "int8", "shared" or "cached", see docs/distill.md.
         temperature: of both distributions.
         kl, cross_entropy: weights of the two terms; the paper's recipe is KL alone.
@@ -37,6 +48,9 @@ class DistillConfig:
     """
     connectivity: str | Mapping = "farskip"
     layers: str | tuple[int, ...] = "all"
+    choices: tuple[str, ...] = CHOICES
+    deployment: Deployment | Mapping | None = None
+    scan_batches: int = 4
     inner: str = "inductor"
     teacher: str = "copy"
     temperature: float = 1.0
@@ -54,8 +68,10 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise ConfigError(f"version {self.version!r} of the distillation config; this release reads version {VERSION}")
-        settled = self.farskip()        # refuses what is not known
-        object.__setattr__(self, "layers", settled.layers)
+        self._automatic()
+        settled = FarskipConfig(connectivity=self.connectivity, layers="all" if self.share is not None else self.layers,
+                                inner=self.inner)       # refuses what is not known
+        object.__setattr__(self, "layers", settled.layers if self.share is None else self.layers)
         if isinstance(self.connectivity, Mapping):
             object.__setattr__(self, "connectivity", dict(self.connectivity))
         if not settled.names:
@@ -65,7 +81,7 @@ class DistillConfig:
         if self.teacher == "cached" and not self.cache:
             raise ConfigError('teacher="cached" needs cache=FOLDER')
         for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0),
-                          ("top_k", None), ("stop_patience", None), ("stop_delta", 0)):
+                          ("top_k", None), ("stop_patience", None), ("stop_delta", 0), ("scan_batches", None)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (value > 0 if low is None else value >= low):
@@ -73,8 +89,42 @@ class DistillConfig:
         if not (self.kl or self.cross_entropy):
             raise ConfigError("kl and cross_entropy are both 0: there is no loss")
 
+    def _automatic(self) -> None:
+        if isinstance(self.choices, str) or not self.choices:
+            raise ConfigError(f"choices must be a list of connectivities, got {self.choices!r}")
+        for name in self.choices:
+            if name not in CONNECTIVITIES:
+                raise ConfigError(f"choices: {known_names(name)}")
+        object.__setattr__(self, "choices", tuple(self.choices))
+        if self.deployment is not None:
+            object.__setattr__(self, "deployment", Deployment.of(self.deployment))
+        if self.share is None:
+            return
+        if not 0 < self.share <= 1:
+            raise ConfigError(f'layers must be "auto:SHARE" with 0 < SHARE <= 1, got {self.layers!r}')
+        if self.connectivity != "farskip":
+            raise ConfigError(f"layers={self.layers!r} chooses the connectivity of each layer among choices={self.choices}; "
+                              f"leave connectivity={self.connectivity!r} out, or give layers that are not chosen")
+
+    @property
+    def share(self) -> float | None:
+        """Of the hidden time, where layers are still to be chosen; nan where it is no number."""
+        if not isinstance(self.layers, str) or not re.fullmatch(r"auto(:.*)?", self.layers):
+            return None
+        try:
+            return float(self.layers.removeprefix("auto").removeprefix(":") or 0.9)
+        except ValueError:
+            return math.nan
+
     def farskip(self) -> FarskipConfig:
-        """The student's conversion."""
+        """The student's conversion.
+
+        Raises:
+            ConfigError: layers="auto": ``distill`` chooses them.
+        """
+        if self.share is not None:
+            raise ConfigError(f"layers={self.layers!r} is chosen by distill (or `farskip sensitivity`); there is no conversion "
+                              "yet")
         return FarskipConfig(connectivity=self.connectivity, layers=self.layers, inner=self.inner)
 
     @classmethod
@@ -90,7 +140,8 @@ class DistillConfig:
 
     def to_dict(self) -> dict:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**data, "layers": self.layers if isinstance(self.layers, str) else list(self.layers)}
+        return {**data, "layers": self.layers if isinstance(self.layers, str) else list(self.layers),
+                "choices": list(self.choices), "deployment": None if self.deployment is None else self.deployment.to_dict()}
 
     def save(self, path: str | Path) -> None:
         write(path, self.to_dict())

@@ -115,7 +115,8 @@ class Sensitivity:
                               "this model")
 
     def to_dict(self) -> dict:
-        return {**dataclasses.asdict(self), "choices": list(self.choices), "layers": [dataclasses.asdict(one) for one in self.layers]}
+        return {**dataclasses.asdict(self), "choices": list(self.choices),
+                "layers": [dataclasses.asdict(layer) for layer in self.layers]}
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1))
@@ -234,7 +235,7 @@ class _Scan:
         parameters, fixed, varying = sorted_arguments(model, gm, calls)
         self.hidden = _before_the_head(gm, parameters, model)
         self.found, self.refused = build_reads(gm.graph, self.blocks, connectivities={name: _asking(name) for name in choices})
-        self.program = self.teacher = Program(gm, weights=parameters, inputs=varying[0])
+        self.program = self.teacher = Program(gm, weights=parameters, inputs=varying[0])     # teacher: what _stages calls it
         self.stages = _stages(self)
         self.program.set_stages([(end, members) for end, members, _, _ in self.stages])
         given = {**{node: p.detach() for node, p in parameters.items()}, **fixed}
@@ -251,9 +252,9 @@ class _Scan:
         """[layers, choices, len(NAMES)] sums over the tokens of all batches, float64."""
         sums = torch.zeros(len(self.blocks.layers), len(self.choices), len(NAMES), dtype=torch.float64,
                            device=self.head.weight.device)
-        last = {}           # stage -> the layers whose last block is computed there
+        begins: dict[int, list[int]] = {}           # stage -> the layers whose first block is computed there
         for layer in self.blocks.layers:
-            last.setdefault(self.stage_of[layer.blocks[0].node], []).append(layer.index)
+            begins.setdefault(self.stage_of[layer.blocks[0].node], []).append(layer.index)
         columns = (TextColumn("sensitivity"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
                    TimeRemainingColumn())
         with Progress(*columns, disable=not progress, transient=True) as bar:
@@ -262,7 +263,7 @@ class _Scan:
                 original = self._to_the_end(batch, None, 0, ())
                 walk = None
                 for stage in range(len(self.stages)):
-                    for index in last.get(stage, ()):
+                    for index in begins.get(stage, ()):
                         bar.update(task, description=f"batch {batch}, layer {index}")
                         self._layer(batch, index, walk, stage, original, sums[index])
                         bar.advance(task)

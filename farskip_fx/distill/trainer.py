@@ -31,6 +31,7 @@ from .cache import INDEX, ROW, CachedTeacher, Rows, build, with_rows
 from .config import DistillConfig, write
 from .evaluation import assert_rewired, bytes_of, labels_of, targets_of
 from .head import base_of, check_head, head_of, hidden_states
+from .layers import with_chosen_layers
 from .loss import NAMES, Head, Sums, distillation_loss
 from .teacher import Teacher, make_teacher, require_original
 
@@ -69,6 +70,12 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
     """
     given = config.to_dict() if isinstance(config, DistillConfig) else dict(config or {})
     config = DistillConfig.from_dict({**given, **options})
+    if config.share is not None and teacher_model is not None:
+        raise ConfigError(f"layers={config.layers!r} measures the original, and with teacher_model= the student is not it any more; "
+                          "give the connectivity of each layer (distill.yaml of the run before has it)")
+    config = with_chosen_layers(
+        config, model, dataset, with_labels(data_collator or default_data_collator), folder=args.output_dir,
+        batch=args.per_device_train_batch_size, device=args.device, resume=bool(resume))
     teacher, eval_teacher, dataset, eval_dataset, data_collator = _teachers(
         config, model, teacher_model, dataset, eval_dataset, data_collator, args)
     checkpoint = last_checkpoint(args.output_dir) if resume is True else resume or None

@@ -1,0 +1,148 @@
+"""layers="auto" of a run: scan the original on some of its dataset, choose, and keep the choice beside the run.
+
+    output_dir/layers.json      what was asked, the choice, and the scan; a run that is resumed takes it from there
+    output_dir/layers.svg       the front
+    output_dir/distill.yaml     the run as it was then: the connectivity of each layer, and layers: all
+"""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import FarskipConfig
+from ..errors import ConfigError
+from .cache import fingerprint
+from .choice import Choice, choose, hidden_time
+from .config import DistillConfig
+from .exposed import Deployment
+from .front import front_svg
+from .head import base_of
+from .sensitivity import Sensitivity, sensitivity
+from .teacher import require_original
+
+FILE, PLOT = "layers.json", "layers.svg"
+VERSION = 1
+
+
+def with_chosen_layers(config: DistillConfig, model: nn.Module, dataset, collator: Callable, *, folder: str | Path, batch: int,
+                       device: torch.device, resume: bool) -> DistillConfig:
+    """``config`` with the connectivity of each layer in the place of layers="auto"; any other one as it is.
+
+    Collective where there are several ranks: each scans its share of the batches, and all take rank 0's choice.
+
+    Args:
+        model: the original.
+        collator: makes a batch of a list of examples. batch: rows of one.
+        folder: of the run.
+        resume: take the choice that is there already.
+
+    Raises:
+        ConfigError: the saved choice is of another model or another question; see also ``sensitivity`` and ``choose``.
+    """
+    if config.share is None:
+        return config
+    require_original(model, of="student")
+    path = Path(folder) / FILE
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    saved = _from_rank_0(lambda: _saved(path, config, model) if resume and path.exists() else None, ranks, rank)
+    if saved is not None:
+        return _chosen(config, saved)
+    base = base_of(model).to(device)
+    takes = {"labels", "shift_labels", *inspect.signature(base.forward).parameters}
+    batches = [{name: value for name, value in one.items() if name in takes} for one in some_batches(
+        dataset, collator, count=max(config.scan_batches, ranks), batch=batch)]
+    if len(batches) < ranks:
+        raise ConfigError(f"layers={config.layers!r} needs a batch of {batch} rows on each of {ranks} ranks to measure layers "
+                          f"on, and the dataset has {len(batches)}")
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+        found = sensitivity(base, batches[rank::ranks], config.choices, chunk_mb=config.chunk_mb, progress=rank == 0,
+                            group=dist.group.WORLD if ranks > 1 else None)
+    choice = choose(found, hidden_time(found, config.deployment), config.share)     # equal on all ranks; so are its errors
+    if rank == 0:
+        save(path, config, found, choice, _of(model))
+    return _chosen(config, _from_rank_0(lambda: choice.connectivity, ranks, rank))
+
+
+def _from_rank_0(ask: Callable[[], object], ranks: int, rank: int):
+    """What ``ask`` returns on rank 0, or the ConfigError that it raises there, on all ranks."""
+    answer: list = [None, None]
+    if rank == 0:
+        try:
+            answer[0] = ask()
+        except ConfigError as error:
+            answer[1] = str(error)
+    if ranks > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise ConfigError(answer[1])
+    return answer[0]
+
+
+def some_batches(dataset, collator: Callable, *, count: int, batch: int) -> list[dict]:
+    """``count`` batches (fewer, of a small dataset), evenly spread over a dataset with a length, else its first ones."""
+    if hasattr(dataset, "__len__"):
+        size = min(batch, len(dataset))
+        count = max(1, min(count, len(dataset) // size))
+        starts = [(len(dataset) - size) * i // max(count - 1, 1) for i in range(count)]
+        rows = [[dataset[start + i] for i in range(size)] for start in starts]
+    else:
+        examples = iter(dataset)
+        rows = [list(itertools.islice(examples, batch)) for _ in range(count)]
+    return [{name: value for name, value in dict(collator(some)).items() if isinstance(value, Tensor)} for some in rows if some]
+
+
+def save(path: Path, config: DistillConfig, found: Sensitivity, choice: Choice, model: str) -> None:
+    """The choice and where it comes from, and the plot of the front."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {"version": VERSION, "asked": _asked(config), "model": model, "connectivity": choice.connectivity,
+            "share": choice.share, "kl": choice.kl, "front": [[p.share, p.kl] for p in choice.front], "scan": found.to_dict()}
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(json.dumps(data, indent=1))
+    os.replace(part, path)
+    path.with_name(PLOT).write_text(front_svg(choice))
+
+
+def _saved(path: Path, config: DistillConfig, model: nn.Module) -> Mapping:
+    """The connectivity that an earlier start of this run chose."""
+    try:
+        data = json.loads(path.read_text())
+        version, asked, of, connectivity = (data[name] for name in ("version", "asked", "model", "connectivity"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"cannot read the choice of layers in {path} ({type(error).__name__}: {error}); remove it to choose "
+                          "again, with resume=False") from error
+    if version != VERSION:
+        raise ConfigError(f"{path} has version {version!r}; this release reads version {VERSION}")
+    for name, value in _asked(config).items():
+        if not isinstance(asked, Mapping) or asked.get(name) != value:
+            before = asked.get(name) if isinstance(asked, Mapping) else asked
+            raise ConfigError(f"the layers of the run in {path.parent} were chosen with {name}={before!r}, and now it is "
+                              f"{value!r}: go on with what was asked then, or use another output_dir")
+    if of != _of(model):
+        raise ConfigError(f"the layers of the run in {path.parent} were chosen for another model (fingerprint {of}, and this one "
+                          f"has {_of(model)}): pass the original, or use another output_dir")
+    return connectivity
+
+
+def _of(model: nn.Module) -> str:
+    """Which model it is. New adapters are drawn at random, so with them only that is said."""
+    return "adapters" if hasattr(model, "disable_adapter") else fingerprint(model)
+
+
+def _asked(config: DistillConfig) -> dict:
+    return {"share": config.share, "choices": list(config.choices), "scan_batches": config.scan_batches,
+            "deployment": Deployment.of(config.deployment).to_dict()}
+
+
+def _chosen(config: DistillConfig, connectivity: Mapping) -> DistillConfig:
+    FarskipConfig(connectivity=connectivity)        # refuses what is not known in this process
+    return dataclasses.replace(config, connectivity=dict(connectivity), layers="all")
