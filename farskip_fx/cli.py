@@ -1,4 +1,5 @@
-"""The command line: ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries.
+"""The command line: ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries,
+``farskip sensitivity`` chooses layers.
 
 A verb is a function that adds its options and one that runs; VERBS lists them.
 """
@@ -77,6 +78,11 @@ SWEEP_END = """\
 example, with the paper's values for sequences of 1024 tokens:
   farskip sweep run.yaml --batch 64 128 256 --learning-rate 2e-5 4e-5 8e-5 --steps 2000"""
 
+SENSITIVITY_TEXT = """\
+Which layers to convert: the KL of converting each layer, or one half of it, alone; the communication that each choice hides, by
+prediction; and the least KL for a wanted share of that. Reads the file of farskip distill and trains nothing. Of its part
+distill count choices, deployment (ep, tokens, context, rates: where the model will run), scan_batches, and layers: auto:SHARE."""
+
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -100,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"farskip {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        done = "" if args.verb in ("distill", "sweep") else "; ranks and link are gone"
+        done = "" if args.verb in ("distill", "sweep", "sensitivity") else "; ranks and link are gone"
         print(f"farskip {args.verb}: interrupted{done}", file=sys.stderr)
         return 130
 
@@ -201,6 +207,22 @@ def run_sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_sensitivity(verbs: argparse._SubParsersAction) -> None:
+    scan = verbs.add_parser("sensitivity", help="which layers to convert: KL of each, and what it hides",
+                            description=SENSITIVITY_TEXT, formatter_class=argparse.RawTextHelpFormatter)
+    scan.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run, as for farskip distill")
+    scan.add_argument("--share", type=float, metavar="S", help="of the hidden time that is kept (the file's auto:SHARE, or 0.9)")
+    scan.add_argument("--json", type=Path, metavar="PATH", help="write the scan there")
+    scan.add_argument("--svg", type=Path, metavar="PATH", help="draw the front there")
+    scan.set_defaults(run=run_sensitivity)
+
+
+def run_sensitivity(args: argparse.Namespace) -> int:
+    from .distill.sensitivity_command import scan
+    scan(args.config, screen(), share=args.share, json=args.json, svg=args.svg)
+    return 0
+
+
 def screen() -> Console:
     """The terminal; into a log, lines wide enough for the tables."""
     console = Console()
@@ -220,7 +242,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_bench, add_demo, add_distill, add_sweep)
+VERBS = (add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -48,10 +48,11 @@ def front_table(choice: Choice, rows: int = 12) -> Table:
         drawn.add_column(name, justify="left" if not name else "right")
     front = choice.front
     kept = sorted({round(i * (len(front) - 1) / max(rows - 1, 1)) for i in range(min(rows, len(front)))})
-    points = [(front[i], "") for i in kept] + [(p, f"{name} in all layers") for name, p in choice.uniform.items() if name != "none"]
+    points = [(front[i], "") for i in kept]
+    points += [(p, f"{name} in all layers") for name, p in choice.uniform.items() if name != "none"]
     points.append((Point(share=choice.share, kl=choice.kl, names=choice.names), f"chosen for {choice.wanted:.0%}"))
     for point, what in sorted(points, key=lambda entry: (entry[0].share, entry[0].kl)):
-        drawn.add_row(f"{point.share:.1%}", f"{point.kl:.5f}", str(point.names.count("none")), what,
+        drawn.add_row(f"{point.share:.1%}", f"{point.kl:.5f}", str(point.names.count("none")), escape(_plain(what)),
                       style="bold" if what.startswith("chosen") else None)
     return drawn
 
@@ -107,8 +108,8 @@ def _line(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="axis" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, words: str, kind: str = "", *, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{_safe(words)}</text>'
+def _text(x: float, y: float, words: str, kind: str = "plain", *, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_safe(words)}</text>'
 
 
 def _hint(words: str) -> str:
