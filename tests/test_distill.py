@@ -215,6 +215,27 @@ def test_killed_and_resumed_is_the_same_curve(tmp_path):
 
 
 @pytest.mark.slow
+def test_adamw_8bit(tmp_path):
+    """torchao's, by Trainer's name for it: near AdamW, with its state in a quarter of the bytes; resumed to the last bit."""
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    def trained(folder, optimizer="adamw_torch_8bit", **options):
+        return distill(model_of(), Texts(), inner="eager", args=arguments(
+            tmp_path / folder, optim=optimizer, save_strategy="steps", save_steps=2, max_steps=5, warmup_steps=0), **options)
+
+    usual, whole = trained("usual", "adamw_torch_fused"), trained("whole")
+    losses, small = ([entry[1] for entry in curve(trainer)] for trainer in (usual, whole))
+    assert small != losses and small == pytest.approx(losses, rel=1e-3)
+    state = whole.optimizer.state[whole.model.model.layers[0].mlp.experts.down_proj]
+    assert not isinstance(state["exp_avg"], OptimState8bit)         # 2048 values: left in full
+    state = whole.optimizer.state[whole.model.model.layers[0].mlp.experts.gate_up_proj]
+    assert isinstance(state["exp_avg"], OptimState8bit) and isinstance(state["exp_avg_sq"], OptimState8bit)
+    resumed = trained("resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert curve(resumed) == curve(whole)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
+
+
+@pytest.mark.slow
 def test_training_agrees_more_and_stops_on_a_task(tmp_path):
     """The cached teacher through Trainer, evaluation in between, early stopping on a task that gets no better."""
     values = iter([1.0, 1.01, 1.015, 1.019, 5.0, 5.0])       # within 2 % of the first, three times
