@@ -9,8 +9,9 @@ import families
 import farskip_fx as fs
 import oracle as reference
 from farskip_fx.distill.gram import Gram, Missed
+from farskip_fx.distill.importance import logits_of, token_weights
 from farskip_fx.distill.pair import trace_pair
-from farskip_fx.distill.refit import _stages, refit
+from farskip_fx.distill.refit import _Side, _stages, refit
 
 RIDGE = 1e-3
 
@@ -27,7 +28,7 @@ def refitted(family):
     torch._dynamo.reset()
     original = families.tiny(family, jitter=0.1)
     model = copy.deepcopy(original)
-    return original, model, refit(model, batches(family), ridge=RIDGE, progress=False)
+    return original, model, refit(model, batches(family), ridge=RIDGE, importance=False, progress=False)
 
 
 def recorded(family, model, names, *, connectivity=None):
@@ -113,6 +114,37 @@ def test_attention_is_aimed_at_the_teachers_stream(family):
     before, after = (m.get_parameter(f"{out}.weight").detach().double() for m in (original, model))
     size = theirs.square().mean(-1, keepdim=True).rsqrt()       # each token counts relative to the stream's size
     assert_close(after, least_squares(ours[out][0], theirs - ours[norm][0], before, size), before)
+
+
+def test_tokens_count_by_the_gradient_of_what_the_teacher_predicts():
+    torch._dynamo.reset()
+    model, inputs = families.tiny("qwen3_moe", jitter=0.1), batches("qwen3_moe", sequences=4)
+    pair = trace_pair(model, inputs, fs.FarskipConfig())
+    stages = _stages(pair)
+    pair.teacher.set_stages([(end, members) for end, members, _, _ in stages])
+    given = {**{node: p.detach() for node, p in pair.parameters.items()}, **pair.fixed}
+    side = _Side(pair.teacher, [stages[0][0]], given, [dict(call) for call in pair.calls])
+    with torch.no_grad():
+        weights = token_weights(side, stages, logits_of(pair.teacher, stages[-1][0]), 1)
+    assert side.live[1] == {} and len(weights) == len(stages) - 1
+    found = model(**inputs[1], output_hidden_states=True)
+    likely = found.logits.log_softmax(-1).flatten(0, -2)
+    drawn = torch.multinomial(likely.detach().exp(), 1, generator=torch.Generator().manual_seed(1))
+    behind = dict(enumerate(found.hidden_states[1:-1]))         # the stream behind each layer; the last one is normalised
+    for layer, gradient in zip(behind, torch.autograd.grad(likely.gather(-1, drawn).sum(), list(behind.values()))):
+        size = gradient.square().mean(-1, keepdim=True).sqrt()
+        torch.testing.assert_close(weights[stages[2 * layer + 2][0]], size.clamp(max=10 * size.mean()) / size.mean(),
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_with_importance_logits_come_nearer_too():
+    torch._dynamo.reset()
+    model, inputs = families.tiny("qwen3_moe", jitter=0.1), batches("qwen3_moe")
+    other = {**inputs[0], "input_ids": torch.randint(3, 100, (8, 32), generator=torch.Generator().manual_seed(2))}
+    with torch.no_grad():
+        wanted, raw = model(**other).logits, reference.oracle("qwen3_moe", model, other, "farskip")
+        refit(model, inputs, ridge=RIDGE, progress=False)
+        assert (reference.oracle("qwen3_moe", model, other, "farskip") - wanted).norm() < 0.9 * (raw - wanted).norm()
 
 
 @pytest.mark.parametrize("family", MATCHED)

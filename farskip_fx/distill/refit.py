@@ -7,10 +7,10 @@ own inputs (what lies before is refitted already), a weight W becomes
 
 and the projections that end a block become
 
-    W' = argmin |U(s_student, X_student W'^T) - s_teacher|^2 / |s_teacher|^2 + lambda |W' - W|^2     (aimed)
+    W' = argmin w |U(s_student, X_student W'^T) - s_teacher|^2 / |s_teacher|^2 + lambda |W' - W|^2     (aimed)
 
-where s are the values of the residual stream and U adds the block's output to it: so each block also takes back what the
-blocks before it left wrong. No parameter is added, and nothing changes at run time. The idea of closed-form repair is known
+where s are the values of the residual stream, U adds the block's output to it, and w says how much a token matters there
+(``importance``): so each block also takes back what the blocks before it left wrong. No parameter is added, and nothing changes at run time. The idea of closed-form repair is known
 for removed layers (ReplaceMe, arXiv 2505.02819); for connectivity it is ours.
 
 Steps, for each update of the stream
@@ -43,6 +43,7 @@ from ..passes.sums import is_float
 from ..sharding import is_part
 from .gram import Gram, Missed
 from .head import in_eval_mode
+from .importance import logits_of, token_weights
 from .pair import Pair, trace_pair
 from .program import Program, Values
 from .projections import Left, Projection, find_projections
@@ -94,8 +95,9 @@ class RefitReport:
 
 @torch.no_grad()
 def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="all", *, ridge: float = 1e-3,
-          aim_outputs: bool = True, head: bool = True, progress: bool = True, group: dist.ProcessGroup | None = None,
-          gram_bytes: int = 2 << 30, config: FarskipConfig | None = None) -> RefitReport:
+          aim_outputs: bool = True, importance: bool = True, head: bool = True, progress: bool = True,
+          group: dist.ProcessGroup | None = None, gram_bytes: int = 2 << 30,
+          config: FarskipConfig | None = None) -> RefitReport:
     """Refit ``model`` in place for a connectivity; then convert it: ``farskip_fx.apply(model, connectivity=...)``.
 
     Args:
@@ -106,6 +108,7 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
         connectivity, layers: as in ``FarskipConfig``; or a ``config``.
         ridge: lambda, as a share of the mean square of the inputs.
         aim_outputs: the projections that end a block are aimed at the teacher's stream; False: they stay as they are.
+        importance: there, tokens count by how much the teacher's predictions depend on them; False: all alike. One backward.
         head: the language-model head is matched, too, where it is a weight of its own.
         progress: show a bar.
         group: ranks that each hold other batches (equally many) of the same, whole model; sums are added up over them.
@@ -127,7 +130,8 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
     pair = trace_pair(model, batches, config)
     names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     with in_eval_mode(model):
-        run = _Refit(pair, names, ridge=ridge, aim_outputs=aim_outputs, head=head, group=group, gram_bytes=gram_bytes)
+        run = _Refit(pair, names, ridge=ridge, aim_outputs=aim_outputs, importance=importance, head=head, group=group,
+                     gram_bytes=gram_bytes)
         done = run.all(progress)
     tokens = sum(max((v.shape[:2].numel() for v in call.values() if isinstance(v, Tensor)), default=0)
                  for call in pair.calls)
@@ -168,8 +172,8 @@ class _Side:
 
 
 class _Refit:
-    def __init__(self, pair: Pair, names: dict[int, str], *, ridge: float, aim_outputs: bool, head: bool, group,
-                 gram_bytes: int) -> None:
+    def __init__(self, pair: Pair, names: dict[int, str], *, ridge: float, aim_outputs: bool, importance: bool, head: bool,
+                 group, gram_bytes: int) -> None:
         self.pair, self.names, self.ridge, self.aim, self.head = pair, names, ridge, aim_outputs, head
         self.group, self.gram_bytes = group, gram_bytes
         given = {**{node: p.detach() for node, p in pair.parameters.items()}, **pair.fixed}
@@ -177,6 +181,8 @@ class _Refit:
         self.teacher = _Side(pair.teacher, states, dict(given), [dict(call) for call in pair.calls])
         self.student = _Side(pair.student, [twin[s] for s in states], {twin[n]: v for n, v in given.items()},
                              [{twin[n]: v for n, v in call.items()} for call in pair.calls])
+        self.weigh = importance and aim_outputs
+        self.weights: list[dict[Node, Tensor]] = []     # of tokens, for each batch, by the last node of a stage
         self.changed = False        # whether the student's stream is another one by now
 
     def all(self, progress: bool) -> tuple[LayerRefit, ...]:
@@ -184,6 +190,13 @@ class _Refit:
         stages = _stages(self.pair)
         self.teacher.program.set_stages([(end, members) for end, members, _, _ in stages])
         self.student.program.set_stages([(twin[end], {twin[n] for n in members}) for end, members, _, _ in stages])
+        logits = logits_of(self.teacher.program, stages[-1][0]) if self.weigh else None
+        if logits is not None:
+            try:
+                self.weights = [token_weights(self.teacher, stages, logits, i) for i in range(len(self.teacher.batches))]
+            except RuntimeError as error:
+                raise ConfigError("tokens are weighed by a gradient, and this model has none here: "
+                                  f"{error}. Pass importance=False") from error
         columns = (TextColumn("refit"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
                    TimeRemainingColumn())
         with Progress(*columns, disable=not progress, transient=True) as bar:
@@ -364,7 +377,8 @@ class _Refit:
         """The same for outputs that are aimed at the stream: r is the change of the output that would close the gap.
 
         A token's gap is shared among its experts by their squared weights, which is the smallest change that closes it; and
-        it counts relative to the size of the stream there, because every block reads the stream through a norm.
+        it counts relative to the size of the stream there, because every block reads the stream through a norm, and by how
+        much the token matters.
         """
         twin, student = self.pair.twin, self.student
         program, known = student.program, student.known(batch)
@@ -387,6 +401,8 @@ class _Refit:
             strength = (stream(*share).detach() - zero).float()     # sum of squared weights at each token
             gap = target.float() - now.detach().float()
             size = target.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+            if self.weights and after in self.weights[batch]:
+                size = size * self.weights[batch][after].sqrt()
             weights = back(size.expand_as(target).to(now.dtype))
             wanted = back(torch.where(strength > 1e-9, gap / strength.clamp_min(1e-9), 0.0).to(now.dtype))
         for one, experts in part:
