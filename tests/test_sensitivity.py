@@ -121,10 +121,8 @@ def test_refused_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v4", "granitemoeshared", "jamba", "qwen3_next", "cohere2_moe", "llama4"])
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoeshared"])
 def test_families(family):
-    if family not in families.SPEC:
-        pytest.skip("not in this list of families")
     compare(family)
 
 
