@@ -379,13 +379,14 @@ class _Router:
         """How many experts there may be: scores, or scores that are viewed as (experts, slots) or (heads, experts)."""
         scores, weight = value_of(self.linear), _weight_of(self.linear)
         features = scores.shape[-1]
-        counts = {features, *scores.shape[1 - value_of(weight).dim():]}
+        counts = [features, *scores.shape[1 - value_of(weight).dim():]]
         if not self.is_data:
             views = self.flow.members((self.pure | self.chosen) & self.branch)
             for node in (n for n in views if op_name(n) in VIEWS):
                 shape = getattr(value_of(node), "shape", ())
-                counts |= {d for pair in zip(shape, shape[1:]) if _product(pair) == features for d in pair}
-        return frozenset(d for d in counts if isinstance(d, int) and d > 1)
+                counts += [d for pair in zip(shape, shape[1:]) if all(isinstance(d, int) for d in pair)
+                           and _product(pair) == features for d in pair]
+        return frozenset(d for d in counts if isinstance(d, int) and d > 1)     # a symbolic size is of tokens
 
     @cached_property
     def meetings(self) -> list[tuple[Node, Node, Node]]:
