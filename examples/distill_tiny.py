@@ -1,13 +1,16 @@
-"""A converted model gets its accuracy back: a small MoE language model, trained here, converted, repaired.
+"""A converted model gets its accuracy back: a small MoE language model, trained here, converted, repaired, distilled.
 
-    python examples/distill_tiny.py --train-teacher teacher/                       # once; about an hour on one core
-    python examples/distill_tiny.py --teacher teacher/                             # converted, then refitted
+    python examples/distill_tiny.py                                     # all of it with a small teacher: under 10 minutes
+    python examples/distill_tiny.py --train-teacher teacher/            # a good teacher, once; about an hour on one core
+    python examples/distill_tiny.py --teacher teacher/ --share 0.2      # refit, and KL on 20 % of the teacher's tokens
 
 The teacher is Qwen3-MoE (or, with --family deepseek_v3, a DeepSeek-V3 with latent attention and a shared expert) of 8
 layers and 3.6 M parameters over the bytes of Python's own standard library. Training saves as it goes; the same command
 goes on where it was stopped.
 """
 import argparse
+import copy
+import json
 import math
 import os
 import sysconfig
@@ -16,11 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig, TrainingArguments
 
 import farskip_fx as fs
-from farskip_fx.distill.refit import refit
+from farskip_fx.distill import choose, distill, evaluate, hidden_time, make_teacher, print_table, refit, sensitivity
 
 SEQUENCE, BATCH = 256, 16
 LEARNING_RATE, WARM_UP = 2e-3, 100
@@ -88,7 +92,7 @@ def measure(model: nn.Module, batches: list[torch.Tensor]) -> tuple[float, float
 
 # --- the teacher --------------------------------------------------------------------------------------------------
 
-def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 3000, seed: int = 0, save_every: int = 200) -> None:
+def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, seed: int = 0, save_every: int = 200) -> None:
     """AdamW, cosine to zero, BATCH x SEQUENCE bytes a step; the model goes to ``path`` as safetensors."""
     path.mkdir(parents=True, exist_ok=True)
     text, held_out = standard_library()
@@ -133,40 +137,100 @@ def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 3000, s
         os.replace(path / "training.pt.new", state)      # a run that is stopped while it saves goes on from the save before
 
 
-def convert_and_refit(path: Path, *, batches: int) -> None:
-    """Held-out quality of the original, the converted and the refitted model; every layer is converted."""
+# --- conversion, refit, distillation ------------------------------------------------------------------------------
+
+class Rows(torch.utils.data.Dataset):
+    """``count`` rows of training text that the teacher has not seen in these places."""
+
+    def __init__(self, text: torch.Tensor, count: int, seed: int) -> None:
+        self.text, self.count, self.seed = text, count, 20_000_000 * (seed + 1)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": draw(self.text, self.seed + index, 1)[0]}
+
+
+def recover(path: Path, *, share: float, batches: int, loss: str, layers: str, batch: int, rate: float, seed: int,
+            inner: str) -> dict:
+    """Original, converted, refitted (``batches`` > 0) and distilled on ``share`` of the teacher's tokens; a table of all."""
     text, held_out = standard_library()
-    model, held_out = load_model(path), held_out_batches(held_out, 64)
+    held_out = [{"input_ids": ids} for ids in held_out_batches(held_out)]
+    model, rows, options = load_model(path), {}, dict(connectivity="farskip", layers=layers)
+    if layers.startswith("auto:"):      # the best accuracy that keeps so much of the hidden time
+        found = sensitivity(model, [draw(text, 9_000_000 + i) for i in range(2)])
+        choice = choose(found, hidden_time(found), share=float(layers.removeprefix("auto:")))
+        print(f"{choice.share:.0%} of the hidden time (predicted): {choice.connectivity}")
+        options = dict(connectivity=choice.connectivity)
+    original = copy.deepcopy(model)
+    teacher = make_teacher("copy", original)
 
-    def converted() -> tuple[float, float]:
-        fs.apply(model, connectivity="farskip", inner="eager")
-        quality = measure(model, held_out)
+    def row(name: str) -> None:
+        rows[name] = evaluate(model, held_out, teacher=teacher, bytes_a_token=1.0)
+
+    def converted(name: str) -> None:
+        fs.apply(model, **options, inner="eager")
+        row(name)
         fs.remove(model)
-        return quality
 
-    teacher, raw = measure(model, held_out), converted()
-    report = refit(model, [draw(text, 10_000_000 + i) for i in range(batches)])
-    better = converted()
-    print(report)
-    for name, (loss, accuracy) in (("original", teacher), ("converted", raw), ("refitted", better)):
-        print(f"{name:10s} {loss / math.log(2):.4f} bits per byte  {accuracy:.2f} % next-token accuracy")
-    print(f"the refit took {report.seconds:.0f} s and removed {(raw[0] - better[0]) / (raw[0] - teacher[0]):.1%} of the loss that "
-          "the conversion added")
+    row("original")
+    converted("converted")
+    if batches:
+        print(refit(model, [draw(text, 10_000_000 + seed * 1_000 + i) for i in range(batches)], **options))
+        converted("refitted")
+    steps = round(share * teacher_tokens(path) / (batch * SEQUENCE))
+    seconds = 0.0
+    if steps:
+        weights = {"kl": dict(kl=1.0), "ce": dict(kl=0.0, cross_entropy=1.0)}[loss]
+        began = time.perf_counter()
+        distill(model, Rows(text, steps * batch, seed), **options, **weights, inner=inner, teacher_model=original,
+                args=TrainingArguments("build/distill_tiny", max_steps=steps, per_device_train_batch_size=batch,
+                                       learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20),
+                                       adam_beta2=0.98, save_strategy="no", report_to="none", seed=seed, logging_steps=50))
+        seconds = time.perf_counter() - began
+        row({"kl": "distilled", "ce": "trained on"}[loss])
+        print(f"{loss.upper()} on {steps * batch * SEQUENCE / 1e6:.2f} M tokens, {share:.0%} of the teacher's, {seconds:.0f} s")
+    print_table(rows, Console(width=110))
+    loss_of = [r.loss for r in rows.values()]
+    if batches:
+        print(f"the refit removed {(loss_of[1] - loss_of[2]) / (loss_of[1] - loss_of[0]):.1%} of the loss that the conversion added")
+    return {name: {"bits_per_byte": r.bits_per_byte, "accuracy": r.accuracy, "kl": r.kl, "agreement": r.agreement}
+            for name, r in rows.items()} | {"seconds": seconds}
+
+
+def teacher_tokens(path: Path) -> int:
+    state = torch.load(path / "training.pt", weights_only=True, mmap=True)
+    return state["step"] * BATCH * SEQUENCE
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-teacher", type=Path, metavar="FOLDER", help="train the teacher (or go on), and save it")
     parser.add_argument("--family", choices=sorted(CONFIGS), default="qwen3_moe")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200, help="of the teacher's training (2200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="convert this teacher, refit it, measure each")
-    parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences of {SEQUENCE} bytes for the refit")
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="convert this teacher, repair it, measure each")
+    parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences for the refit; 0: no refit (12)")
+    parser.add_argument("--share", type=float, default=0.2, help="of the teacher's tokens, for the distillation; 0: none (0.2)")
+    parser.add_argument("--loss", choices=("kl", "ce"), default="kl", help="ce: plain training, for comparison (kl)")
+    parser.add_argument("--layers", default="all", help='"all", "last:0.5", "auto:0.9", ... (all)')
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step of the distillation (4)")
+    parser.add_argument("--rate", type=float, default=5e-4, help="its learning rate (5e-4)")
+    parser.add_argument("--inner", choices=("inductor", "eager"), default="eager", help="what runs the student in training")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
-    if arguments.teacher:
-        convert_and_refit(arguments.teacher, batches=arguments.batches)
     if arguments.train_teacher:
         train_teacher(arguments.train_teacher, family=arguments.family, steps=arguments.steps, seed=arguments.seed)
+        return
+    if not arguments.teacher:
+        arguments.teacher, arguments.share = Path("build/small_teacher"), max(arguments.share, 0.2)
+        train_teacher(arguments.teacher, family=arguments.family, steps=150, seed=arguments.seed, save_every=50)
+    figures = recover(arguments.teacher, share=arguments.share, batches=arguments.batches, loss=arguments.loss,
+                      layers=arguments.layers, batch=arguments.batch, rate=arguments.rate, seed=arguments.seed,
+                      inner=arguments.inner)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**{k: str(v) for k, v in vars(arguments).items()}, "rows": figures}, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from farskip_fx.distill.layers import FILE, PLOT, some_batches
 from farskip_fx.distill.sensitivity import LayerSensitivity
 from farskip_fx.distill.structure import LayerStructure
 from farskip_fx.distill.trainer import RUN
-from farskip_fx.errors import ConfigError, FarskipError
+from farskip_fx.errors import ConfigError
 
 from distill_cases import LENGTH, Texts, arguments, model_of
 from test_distill import characters

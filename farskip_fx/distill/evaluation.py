@@ -182,4 +182,4 @@ def _change(value: float, before: float) -> str:
 
 
 def _or_dash(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else form.format(value)
+    return "-" if math.isnan(value) else form.format(round(value, 4) + 0.0)      # without the sign of a zero
