@@ -17,7 +17,7 @@ from rich.console import Console
 from .bench.launch import RankFailed
 from .bench.link import KINDS, LinkRefused
 from .bench.run import run, wrong
-from .bench.spec import BOTH, MODES, VARIANTS, Shape, Spec, SpecError
+from .bench.spec import BOTH, MODES, REWIRED, VARIANTS, Shape, Spec, SpecError
 from .errors import FarskipError
 
 BENCH_TEXT = """\
@@ -128,6 +128,8 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
                       help=f"mode step: MiB of gradients that travel together ({Spec.bucket_mb:g})")
     what.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
                       help="some of the above (all)")
+    what.add_argument("--connectivity", choices=REWIRED, default="farskip",
+                      help="of the rewired variants (farskip); the bound that is reported is always that of farskip")
     what.add_argument("--comm-ratio", nargs="+", type=float, default=[0.5], metavar="R",
                       help="exchanges alone over compute alone, slow link; several give the curve (0.5)")
     what.add_argument("--rounds", type=int, metavar="N", help="each times everything once (8; quick 3)")
@@ -148,7 +150,7 @@ def run_bench(args: argparse.Namespace) -> int:
     rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
     spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
                 variants=in_order(args.variants), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
-                seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb)
+                seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb, connectivity=args.connectivity)
     return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
                       verbose=args.verbose))
 

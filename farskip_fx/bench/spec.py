@@ -8,6 +8,7 @@ from pathlib import Path
 MODES = ("forward", "train", "step")
 BOTH = MODES[:2]                            # without data parallelism
 VARIANTS = ("stock", "inductor_overlap", "rewired_stock", "farskip")
+REWIRED = ("farskip", "ladder", "attn_only", "mlp_only")
 EP = 2                                      # ranks that share the experts
 
 
@@ -77,6 +78,8 @@ class Spec:
             unknown = [name for name in given if name not in known]
             if unknown or not given:
                 raise SpecError(f"unknown {what} {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")
+        if self.connectivity not in REWIRED:
+            raise SpecError(f"--connectivity {self.connectivity} is not measured; known: {', '.join(REWIRED)}")
         if self.dp < 1:
             raise SpecError(f"--dp must be at least 1, not {self.dp}")
         if self.dp > 1 and self.modes != ("step",):
