@@ -357,13 +357,16 @@ def test_command(tmp_path, capsys):
     run_file.write_text(f"""
         model: {tmp_path}/model
         data: {{files: ["{tmp_path}/*.txt"], length: 16, held_out: 0.2}}
-        distill: {{inner: eager, layers: "last:0.5", teacher: copy}}
+        distill: {{inner: eager, layers: "last:0.5", teacher: copy, refit_batches: 2}}
         training: {{output_dir: {tmp_path}/run, max_steps: 2, use_cpu: true, report_to: [], save_steps: 1,
                    disable_tqdm: true}}
     """)
     assert main(["distill", str(run_file)]) == 0
     said = capsys.readouterr().out
     assert "15 rows of 16 tokens to train on, 4 held out" in said and "bits a byte" in said
+    stages = ["original", "converted", "refitted"]
+    assert list(json.loads((tmp_path / "run" / "stages.json").read_text())) == stages
+    assert all(f" {stage} " in said for stage in [*stages, "distilled"])
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-2") and (tmp_path / "run" / RUN).exists()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["farskip"]
     assert saved["layers"] == "last:0.5"

@@ -17,7 +17,8 @@ from farskip_fx.distill import (Deployment, DistillConfig, HiddenTime, Sensitivi
 from farskip_fx.distill.choice import kl_of, per_layer
 from farskip_fx.distill.exposed import CHOICES, LayerSeconds, seconds_of
 from farskip_fx.distill.front import front_table, layers_table, refusals
-from farskip_fx.distill.layers import FILE, PLOT, some_batches
+from farskip_fx.distill.calibration import some_batches
+from farskip_fx.distill.layers import FILE, PLOT
 from farskip_fx.distill.sensitivity import LayerSensitivity
 from farskip_fx.distill.structure import LayerStructure
 from farskip_fx.distill.trainer import RUN

@@ -6,22 +6,29 @@
     distill: {connectivity: farskip, teacher: copy}         # DistillConfig
     training: {output_dir: run, learning_rate: 2.0e-5, max_steps: 2000, bf16: true}     # transformers.TrainingArguments
 
-The distilled checkpoint is in ``output_dir``; run the same command again after an interruption, and it goes on.
+With ``refit_batches`` in distill the weights are refitted first. At the end a table compares original, converted, refitted and
+distilled on the held-out rows. The distilled checkpoint is in ``output_dir``; run the same command again after an interruption,
+and it goes on.
 """
 from __future__ import annotations
 
+import dataclasses
 import glob
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import refuse_unknown
 from ..errors import ConfigError
 from .config import DistillConfig, read
+from .evaluation import Evaluation, assert_rewired, evaluate, table
+from .teacher import Teacher
 
+STAGES = "stages.json"
 _PARTS = ("model", "data", "lora", "distill", "training")
 _DATA = {"files": None, "length": 1024, "held_out": 0.02, "tokenizer": None}
 
@@ -65,8 +72,11 @@ def texts(tokenizer, files: list[str], length: int, held_out: float) -> tuple[Pa
 
 def run(path: str | Path, console: Console) -> dict:
     """Run the file at ``path``; the metrics of the last evaluation."""
-    trainer, tokenizer, metrics = trained(read(path), path, console)
+    rows: dict[str, Evaluation] = {}
+    trainer, tokenizer, metrics = trained(read(path), path, console, rows)
     trainer.save_model()
+    rows["distilled"] = evaluation_of(metrics, trainer.model)
+    console.print(table(rows))
     if trainer.args.should_save:
         tokenizer.save_pretrained(trainer.args.output_dir)
     console.print(f"distilled: {trainer.args.output_dir}; held out: {metrics['eval_bits_per_byte']:.4f} bits a byte, KL "
@@ -75,9 +85,13 @@ def run(path: str | Path, console: Console) -> dict:
     return metrics
 
 
-def trained(data: dict, path: str | Path, console: Console) -> tuple:
-    """The run that ``data``, the contents of ``path``, describes: its trainer, tokenizer and last metrics; nothing is saved yet."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+def trained(data: dict, path: str | Path, console: Console, rows: dict[str, Evaluation] | None = None) -> tuple:
+    """The run that ``data``, the contents of ``path``, describes: its trainer, tokenizer and last metrics; nothing is saved yet.
+
+    Args:
+        rows: gets the evaluation of each stage before training; those of a run that is resumed were kept in its folder.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
     from .trainer import distill
     data, text, config, arguments = checked(data, path)
@@ -92,8 +106,27 @@ def trained(data: dict, path: str | Path, console: Console) -> tuple:
         model = get_peft_model(model, LoraConfig(**data["lora"]))
     console.quiet = args.process_index > 0
     console.print(f"{len(train)} rows of {text['length']} tokens to train on, {len(held_out)} held out", highlight=False)
-    trainer = distill(model, train, config, args=args, eval_dataset=held_out, bytes_a_token=size, resume=True)
+    kept = Path(args.output_dir) / STAGES
+
+    def measured(stage: str, model: nn.Module, teacher: Teacher) -> None:
+        batches = torch.utils.data.DataLoader(held_out, args.per_device_eval_batch_size, collate_fn=default_data_collator)
+        rows[stage] = evaluate(model, batches, teacher=teacher, bytes_a_token=size)
+        if args.should_save:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps({name: dataclasses.asdict(row) for name, row in rows.items()}))
+
+    trainer = distill(model, train, config, args=args, eval_dataset=held_out, bytes_a_token=size, resume=True,
+                      on_stage=None if rows is None else measured)
+    if rows is not None and not rows and kept.exists():
+        rows.update({name: Evaluation(**row) for name, row in json.loads(kept.read_text()).items()})
     return trainer, tokenizer, trainer.evaluate()
+
+
+def evaluation_of(metrics: dict, model: nn.Module) -> Evaluation:
+    """What Trainer's evaluation found, as a row of the table."""
+    return Evaluation(tokens=int(metrics["eval_tokens"]), loss=metrics["eval_cross_entropy"], accuracy=metrics["eval_correct"],
+                      bits_per_byte=metrics["eval_bits_per_byte"], kl=metrics["eval_kl"], agreement=metrics["eval_agree"],
+                      rewired=assert_rewired(model))
 
 
 def parse(path: str | Path) -> tuple[dict, dict, DistillConfig, dict]:

@@ -31,6 +31,8 @@ class DistillConfig:
             tokens, context, rates). None: its defaults.
         scan_batches: with layers="auto", batches of the dataset (per_device_train_batch_size rows each) that layers are
             measured on; over all ranks, and at least one on each.
+        refit_batches: batches of the dataset (per_device_train_batch_size rows each, over all ranks) on which the weights are
+            refitted in closed form before training (``refit``); 0: none. Not for teacher="shared".
         teacher: "copy", "int8", "shared" or "cached", see docs/distill.md.
         temperature: of both distributions.
         kl, cross_entropy: weights of the two terms; the paper's recipe is KL alone.
@@ -52,6 +54,7 @@ class DistillConfig:
     deployment: Deployment | Mapping | None = None
     scan_batches: int = 4
     inner: str = "inductor"
+    refit_batches: int = 0
     teacher: str = "copy"
     temperature: float = 1.0
     kl: float = 1.0
@@ -78,10 +81,14 @@ class DistillConfig:
             raise ConfigError("connectivity='none' converts nothing, so there is nothing to distill")
         if self.teacher not in MODES:
             raise ConfigError(f"teacher={self.teacher!r} is not known; choose one of {', '.join(MODES)}")
+        if self.teacher == "shared" and self.refit_batches:
+            raise ConfigError('a refit changes the weights that teacher="shared" uses; use teacher="copy", "int8" or "cached", '
+                              "or refit_batches=0")
         if self.teacher == "cached" and not self.cache:
             raise ConfigError('teacher="cached" needs cache=FOLDER')
         for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0),
-                          ("top_k", None), ("stop_patience", None), ("stop_delta", 0), ("scan_batches", None)):
+                          ("top_k", None), ("stop_patience", None), ("stop_delta", 0), ("scan_batches", None),
+                          ("refit_batches", 0)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (value > 0 if low is None else value >= low):

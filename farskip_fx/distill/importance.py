@@ -34,7 +34,7 @@ def token_weights(side, stages, logits: Node, batch: int) -> dict[Node, Tensor]:
 
     Args:
         side: the teacher, in front of the first stage.
-        stages: as ``refit._stages`` gives them. Stages before the last one that leads to a stream (those of an encoder) have none.
+        stages: as ``refit._stages`` gives them. Those before the last one that leads to a stream (an encoder's) have no weights.
     """
     begin, before = side.live[batch], []
     for stage, (end, _, update, _) in enumerate(stages):
@@ -64,7 +64,8 @@ def token_weights(side, stages, logits: Node, batch: int) -> dict[Node, Tensor]:
 
 def _as_leaves(side, batch: int) -> dict[Node, Tensor]:
     """The floating-point values that are alive, as what a gradient is asked for; they replace those of ``side``."""
-    leaves = {n: v.detach().requires_grad_() for n, v in side.live[batch].items() if isinstance(v, Tensor) and v.is_floating_point()}
+    leaves = {n: v.detach().requires_grad_() for n, v in side.live[batch].items()
+              if isinstance(v, Tensor) and v.is_floating_point()}
     side.live[batch] = {**side.live[batch], **leaves}
     return leaves
 

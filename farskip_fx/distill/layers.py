@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -17,11 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import FarskipConfig
 from ..errors import ConfigError
 from .cache import fingerprint
+from .calibration import own_batches
 from .choice import Choice, choose, hidden_time
 from .config import DistillConfig
 from .exposed import Deployment
@@ -58,14 +57,10 @@ def with_chosen_layers(config: DistillConfig, model: nn.Module, dataset, collato
     if saved is not None:
         return _chosen(config, saved)
     base = base_of(model).to(device)
-    takes = {"labels", "shift_labels", *inspect.signature(base.forward).parameters}
-    batches = [{name: value for name, value in one.items() if name in takes} for one in some_batches(
-        dataset, collator, count=max(config.scan_batches, ranks), batch=batch)]
-    if len(batches) < ranks:
-        raise ConfigError(f"layers={config.layers!r} needs a batch of {batch} rows on each of {ranks} ranks to measure layers "
-                          f"on, and the dataset has {len(batches)}")
+    batches = own_batches(model, dataset, collator, count=config.scan_batches, batch=batch, device=device,
+                          what=f"layers={config.layers!r}")
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-        found = sensitivity(base, batches[rank::ranks], config.choices, chunk_mb=config.chunk_mb, progress=rank == 0,
+        found = sensitivity(base, batches, config.choices, chunk_mb=config.chunk_mb, progress=rank == 0,
                             group=dist.group.WORLD if ranks > 1 else None)
     choice = choose(found, hidden_time(found, config.deployment), config.share)     # equal on all ranks; so are its errors
     if rank == 0:
@@ -86,19 +81,6 @@ def _from_rank_0(ask: Callable[[], object], ranks: int, rank: int):
     if answer[1] is not None:
         raise ConfigError(answer[1])
     return answer[0]
-
-
-def some_batches(dataset, collator: Callable, *, count: int, batch: int) -> list[dict]:
-    """``count`` batches (fewer, of a small dataset), evenly spread over a dataset with a length, else its first ones."""
-    if hasattr(dataset, "__len__"):
-        size = min(batch, len(dataset))
-        count = max(1, min(count, len(dataset) // size))
-        starts = [(len(dataset) - size) * i // max(count - 1, 1) for i in range(count)]
-        rows = [[dataset[start + i] for i in range(size)] for start in starts]
-    else:
-        examples = iter(dataset)
-        rows = [list(itertools.islice(examples, batch)) for _ in range(count)]
-    return [{name: value for name, value in dict(collator(some)).items() if isinstance(value, Tensor)} for some in rows if some]
 
 
 def save(path: Path, config: DistillConfig, found: Sensitivity, choice: Choice, model: str) -> None:

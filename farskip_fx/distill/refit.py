@@ -10,8 +10,9 @@ and the projections that end a block become
     W' = argmin w |U(s_student, X_student W'^T) - s_teacher|^2 / |s_teacher|^2 + lambda |W' - W|^2     (aimed)
 
 where s are the values of the residual stream, U adds the block's output to it, and w says how much a token matters there
-(``importance``): so each block also takes back what the blocks before it left wrong. No parameter is added, and nothing changes at run time. The idea of closed-form repair is known
-for removed layers (ReplaceMe, arXiv 2505.02819); for connectivity it is ours.
+(``importance``): so each block also takes back what the blocks before it left wrong. No parameter is added, and nothing changes
+at run time. The idea of closed-form repair is known for removed layers (ReplaceMe, arXiv 2505.02819); for connectivity it is
+ours.
 
 Steps, for each update of the stream
   1. Find the projections of its blocks (``projections``), by level.

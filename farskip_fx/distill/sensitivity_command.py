@@ -6,10 +6,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import ConfigError
+from .calibration import some_batches
 from .choice import Choice, choose, hidden_time
 from .command import parse, texts
 from .front import front_svg, front_table, layers_table, refusals
-from .layers import some_batches
 from .sensitivity import sensitivity
 
 

@@ -18,21 +18,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import (EarlyStoppingCallback, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback,
                           TrainingArguments, default_data_collator)
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from ..convert import apply
+from ..convert import apply, remove
 from ..data_parallel import clip_grad_norm_, data_parallel, no_sync, reduce_gradients
 from ..errors import CheckpointError, ConfigError
 from ..expert_parallel import _sharded_modules
 from .cache import INDEX, ROW, CachedTeacher, Rows, build, with_rows
+from .calibration import own_batches
 from .config import DistillConfig, write
 from .evaluation import assert_rewired, bytes_of, labels_of, targets_of
 from .head import base_of, check_head, head_of, hidden_states
 from .layers import with_chosen_layers
 from .loss import NAMES, Head, Sums, distillation_loss
+from .refit import refit
 from .teacher import Teacher, make_teacher, require_original
 
 Task = Callable[[nn.Module], float]
@@ -42,7 +45,8 @@ RUN = "distill.yaml"
 def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = None, *, args: TrainingArguments,
             eval_dataset=None, data_collator=None, tasks: Mapping[str, Task] | None = None,
             bytes_a_token: float | Tensor | None = None, teacher_model: nn.Module | None = None, data_parallel=None,
-            prepare: Callable[[nn.Module], object] | None = None, resume: bool | str = False, **options) -> DistillTrainer:
+            prepare: Callable[[nn.Module], object] | None = None, resume: bool | str = False,
+            on_stage: Callable[[str, nn.Module, Teacher], object] | None = None, **options) -> DistillTrainer:
     """Convert ``model`` in place and train it to agree with what it was.
 
     Args:
@@ -57,8 +61,10 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
         bytes_a_token: for "eval_bits_per_byte", see ``evaluate``.
         teacher_model: the original, where ``model`` is a converted checkpoint that training goes on from.
         data_parallel: with sharded experts: the ranks that hold the same experts, ``mesh["dp"]`` (a mesh of one for none).
-        prepare: called with the student before its conversion and after the teacher is made: a refit of its weights, say.
-            Not in a run that is resumed.
+        prepare: called with the student before its conversion and after the teacher is made, to change its weights. Not in a run
+            that is resumed. (A refit: ``config.refit_batches``.)
+        on_stage: called before training as (stage, model, teacher), with "original", "converted" and, after a refit or
+            ``prepare``, "refitted": to measure them. Not in a run that is resumed; with teacher "copy" and "int8" only.
         resume: True: from the last complete checkpoint in ``args.output_dir``, or from the beginning if there is none. A
             path: from that one.
 
@@ -76,14 +82,18 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
     config = with_chosen_layers(
         config, model, dataset, with_labels(data_collator or default_data_collator), folder=args.output_dir,
         batch=args.per_device_train_batch_size, device=args.device, resume=bool(resume))
+    calibration = own_batches(
+        model, dataset, with_labels(data_collator or default_data_collator), count=config.refit_batches, device=args.device,
+        batch=args.per_device_train_batch_size, what="refit_batches") if config.refit_batches else []
     teacher, eval_teacher, dataset, eval_dataset, data_collator = _teachers(
         config, model, teacher_model, dataset, eval_dataset, data_collator, args)
     checkpoint = last_checkpoint(args.output_dir) if resume is True else resume or None
     if prepare is not None and config.teacher == "shared":
         raise ConfigError('prepare changes the weights that teacher="shared" uses; use teacher="copy", "int8" or "cached"')
-    if prepare is not None and checkpoint is None:
-        prepare(model)
-    apply(model, config.farskip())
+    if checkpoint is None:
+        _converted(model, config, teacher, prepare, calibration, args, on_stage)
+    else:
+        apply(model, config.farskip())
     trainer = DistillTrainer(
         model, args, config=config, teacher=teacher, eval_teacher=eval_teacher, train_dataset=dataset,
         eval_dataset=eval_dataset, data_collator=data_collator, tasks=tasks, bytes_a_token=bytes_a_token,
@@ -91,6 +101,28 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
     trainer.save_run()
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def _converted(model: nn.Module, config: DistillConfig, teacher, prepare: Callable | None, calibration: list[dict],
+               args: TrainingArguments, on_stage: Callable | None) -> None:
+    """Convert the student; before that change its weights, as far as that is asked for."""
+    chosen, looked_at = config.farskip(), on_stage is not None and config.teacher in ("copy", "int8")
+    if looked_at or calibration:
+        model.to(args.device)
+    if looked_at:
+        on_stage("original", model, teacher)
+        on_stage("converted", apply(model, chosen), teacher)
+        if prepare is None and not calibration:
+            return
+        remove(model)
+    if prepare is not None:
+        prepare(model)
+    if calibration:
+        refit(model, calibration, config=chosen, progress=args.process_index == 0,
+              group=dist.group.WORLD if dist.is_initialized() else None)
+    apply(model, chosen)
+    if looked_at:
+        on_stage("refitted", model, teacher)
 
 
 def _teachers(config: DistillConfig, model: nn.Module, original: nn.Module | None, dataset, eval_dataset, collator, args):
