@@ -225,7 +225,7 @@ def main() -> None:
         return
     if not arguments.teacher:
         arguments.teacher, arguments.share = Path("build/small_teacher"), max(arguments.share, 0.2)
-        train_teacher(arguments.teacher, family=arguments.family, steps=150, seed=arguments.seed, save_every=50)
+        train_teacher(arguments.teacher, family=arguments.family, steps=250, seed=arguments.seed, save_every=50)
     figures = recover(arguments.teacher, share=arguments.share, batches=arguments.batches, loss=arguments.loss,
                       layers=arguments.layers, batch=arguments.batch, rate=arguments.rate, seed=arguments.seed,
                       inner=arguments.inner)
