@@ -398,7 +398,7 @@ def test_end_to_end_without_inductor(tmp_path):
     from farskip_fx.bench.run import run, wrong
 
     path, ratios = tmp_path / "out" / "bench.json", (0.5, 1.0)
-    spec = Spec(forward=TINY, train=TINY, modes=("forward", "train"), variants=("stock", "farskip"),
+    spec = Spec(forward=TINY, train=TINY, modes=("train",), variants=("stock", "farskip"),
                 ratios=ratios, inner="aot_eager", rounds=2, silence_s=480.0)
     with open(os.devnull, "w") as nowhere:
         result = run(spec, Console(file=nowhere), json_path=path)

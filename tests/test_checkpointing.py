@@ -91,7 +91,7 @@ def model():
 
 # --- gradients and memory -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("connectivity", ["none", "farskip", "ladder"])
+@pytest.mark.parametrize("connectivity", ["farskip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "ladder"))])
 def test_same_gradients_in_less_memory(model, connectivity):
     want, plain = train(model, INPUTS, checkpointing=False, connectivity=connectivity)
     got, graphs = train(model, INPUTS, checkpointing=True, connectivity=connectivity)

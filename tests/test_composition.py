@@ -121,6 +121,7 @@ def test_two_adapters_and_bfloat16(model):
         assert torch.equal(run(wrapped, INPUTS, inner="eager"), expected(model))
 
 
+@pytest.mark.slow
 def test_expert_adapters_without_traceable_are_refused_and_the_error_says_what_to_do(model):
     with pytest.raises(BackendCompilerFailed) as caught, torch.no_grad():
         run(adapted(model, "experts", traceable=False), INPUTS, inner="eager")
@@ -136,7 +137,7 @@ def test_expert_adapters_merged_and_unloaded_need_nothing(model):
         close(run(merged, INPUTS, inner="eager"), want, atol=1e-4)
 
 
-@pytest.mark.parametrize("first", ["apply", "adapters"])
+@pytest.mark.parametrize("first", ["apply", pytest.param("adapters", marks=pytest.mark.slow)])
 def test_merged_disabled_and_back_always_run_converted(model, first):
     """``disable_adapter()`` and merging change what the modules compute, never what the blocks read."""
     plain = copy.deepcopy(model)

@@ -217,6 +217,7 @@ def sub_mesh(rank: int) -> dict[str, float]:
     return compare(model, reference, inputs("mixtral", seed=rank), [inputs("mixtral", seed=neighbour)])
 
 
+@pytest.mark.slow
 def test_one_dimension_of_a_mesh():
     assert run_ranks(sub_mesh, world_size=4) == [{}] * 4
 

@@ -100,7 +100,7 @@ def test_refused_layer_not_strict_is_one_warning():
         assert torch.equal(got, run(model, inputs, inner="eager", layers=(0, 1)))
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [1, *(pytest.param(layer, marks=pytest.mark.slow) for layer in (0, 2))])
 def test_split_model(model, layer):
     model.model.layers[layer].mlp = Breaks(model.model.layers[layer].mlp)
     error = refusal(model)

@@ -80,7 +80,7 @@ def test_exact_or_refused(name):
     assert not [v for v in verdicts.values() if v.bad], verdicts
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 8))])
 def test_recorder_gives_dynamos_graph(number):
     """And what Dynamo gives is rewired as well."""
     spec = draw(random.Random(number).choice)

@@ -100,6 +100,7 @@ def _as_it_is(layer, earlier):
     return Reads()
 
 
+@pytest.mark.slow
 def test_a_dense_layer_and_shared_experts():
     """deepseek_v3: layer 0 is dense; farskip keeps the shared expert of the layer before, ladder does not."""
     found = compare("deepseek_v3", ("farskip", "attn_only", "mlp_only", "ladder"), {(2, "farskip")})
