@@ -11,7 +11,8 @@ import oracle as reference
 from farskip_fx.distill.gram import Gram, Missed
 from farskip_fx.distill.importance import logits_of, token_weights
 from farskip_fx.distill.pair import trace_pair
-from farskip_fx.distill.refit import _Side, _stages, refit
+from farskip_fx.distill.refit import refit
+from farskip_fx.distill.side import Side, stages_of
 
 RIDGE = 1e-3
 
@@ -120,10 +121,10 @@ def test_tokens_count_by_the_gradient_of_what_the_teacher_predicts():
     torch._dynamo.reset()
     model, inputs = families.tiny("qwen3_moe", jitter=0.1), batches("qwen3_moe", sequences=4)
     pair = trace_pair(model, inputs, fs.FarskipConfig())
-    stages = _stages(pair)
+    stages = stages_of(pair.blocks)
     pair.teacher.set_stages([(end, members) for end, members, _, _ in stages])
     given = {**{node: p.detach() for node, p in pair.parameters.items()}, **pair.fixed}
-    side = _Side(pair.teacher, [stages[0][0]], given, [dict(call) for call in pair.calls])
+    side = Side(pair.teacher, [stages[0][0]], given, [dict(call) for call in pair.calls])
     with torch.no_grad():
         weights = token_weights(side, stages, logits_of(pair.teacher, stages[-1][0]), 1)
     assert side.live[1] == {} and len(weights) == len(stages) - 1
@@ -204,7 +205,7 @@ def test_what_is_kept_between_layers_does_not_grow():
     torch._dynamo.reset()
     model = families.tiny("deepseek_v3", jitter=0.1, num_hidden_layers=5)
     pair = trace_pair(model, batches("deepseek_v3", 1), fs.FarskipConfig())
-    stages = _stages(pair)
+    stages = stages_of(pair.blocks)
     pair.student.set_stages([(pair.twin[end], {pair.twin[n] for n in members}) for end, members, _, _ in stages])
     state = stages[0][0].meta["example_value"].numel()
     count = [sum(n.meta["example_value"].numel() for n in pair.student.live(i) if pair.student.flow.depends(

@@ -34,7 +34,7 @@ def token_weights(side, stages, logits: Node, batch: int) -> dict[Node, Tensor]:
 
     Args:
         side: the teacher, in front of the first stage.
-        stages: as ``refit._stages`` gives them. Those before the last one that leads to a stream (an encoder's) have no weights.
+        stages: as ``stages_of`` gives them. Those before the last one that leads to a stream (an encoder's) have no weights.
     """
     begin, before = side.live[batch], []
     for stage, (end, _, update, _) in enumerate(stages):

@@ -28,7 +28,7 @@ from __future__ import annotations
 import time
 from collections import ChainMap
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -48,6 +48,7 @@ from .importance import logits_of, token_weights
 from .pair import Pair, trace_pair
 from .program import Program, Values
 from .projections import Left, Projection, find_projections
+from .side import Side, stages_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,38 +141,6 @@ def refit(model: nn.Module, batches: Iterable, connectivity="farskip", layers="a
                        seconds=time.perf_counter() - began)
 
 
-@dataclass
-class _Side:
-    """One program and where it stands: the live values of each batch, behind the last stage."""
-    program: Program
-    states: list[Node]              # the first of each stream
-    given: Values                   # weights and other constants, by placeholder
-    batches: list[Values]           # the other placeholders of each batch, and what does not depend on the stream
-    live: list[Values] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        flow, changing = self.program.flow, self.program.flow.mask(self.batches[0])
-        nodes, kept = self.program.beside(self.states)
-        alike = [n for n in kept if not flow.ancestors(n) & changing]
-        for i, batch in enumerate(self.batches):
-            values = self.program.run_all(nodes, ChainMap(batch, self.given))
-            if not i:       # what is equal in every batch (a causal mask) is kept once
-                self.given.update({n: values[n] for n in alike})
-            batch.update({n: values[n] for n in kept if n not in self.given})
-        self.live = [{} for _ in self.batches]
-
-    def known(self, batch: int, *more: Values) -> ChainMap:
-        return ChainMap(*more, self.live[batch], self.batches[batch], self.given)
-
-    def ahead(self, batch: int, stage: int, end: Node, *, every: bool = False) -> Values:
-        """The live values of one batch behind ``stage``; ``every``: by way of every node of it, in order."""
-        program, known = self.program, self.known(batch)
-        live = [n for n in program.live(stage) if n not in self.given and n not in self.batches[batch]] + [end]
-        if every:
-            known = ChainMap(program.run_all(program.members(stage), known), known)
-        return program.evaluate(live, known)
-
-
 class _Refit:
     def __init__(self, pair: Pair, names: dict[int, str], *, ridge: float, aim_outputs: bool, importance: bool, head: bool,
                  group, gram_bytes: int) -> None:
@@ -179,8 +148,8 @@ class _Refit:
         self.group, self.gram_bytes = group, gram_bytes
         given = {**{node: p.detach() for node, p in pair.parameters.items()}, **pair.fixed}
         twin, states = pair.twin, [s.states[0] for s in pair.blocks.streams]
-        self.teacher = _Side(pair.teacher, states, dict(given), [dict(call) for call in pair.calls])
-        self.student = _Side(pair.student, [twin[s] for s in states], {twin[n]: v for n, v in given.items()},
+        self.teacher = Side(pair.teacher, states, dict(given), [dict(call) for call in pair.calls])
+        self.student = Side(pair.student, [twin[s] for s in states], {twin[n]: v for n, v in given.items()},
                              [{twin[n]: v for n, v in call.items()} for call in pair.calls])
         self.weigh = importance and aim_outputs
         self.weights: list[dict[Node, Tensor]] = []     # of tokens, for each batch, by the last node of a stage
@@ -188,7 +157,7 @@ class _Refit:
 
     def all(self, progress: bool) -> tuple[LayerRefit, ...]:
         twin, done = self.pair.twin, []
-        stages = _stages(self.pair)
+        stages = stages_of(self.pair.blocks)
         self.teacher.program.set_stages([(end, members) for end, members, _, _ in stages])
         self.student.program.set_stages([(twin[end], {twin[n] for n in members}) for end, members, _, _ in stages])
         logits = logits_of(self.teacher.program, stages[-1][0]) if self.weigh else None
@@ -419,19 +388,6 @@ class _Refit:
     def _reduce(self, grams, missed) -> None:
         for sums in (*grams.values(), *missed.values()):
             sums.all_reduce(self.group)
-
-
-def _stages(pair: Pair) -> list[tuple[Node, set[Node], Update | None, list]]:
-    """(last node, nodes, update, its blocks), in graph order; the first of each stream is what leads to it."""
-    stages = []
-    blocks = [b for layer in pair.blocks.layers for b in layer.blocks]
-    position = pair.teacher.position
-    for stream in sorted(pair.blocks.streams, key=lambda s: position[s.states[0]]):
-        stages.append((stream.states[0], set(), None, []))
-        for index, update in enumerate(stream.updates):
-            members = set(stream.flow.members(update.nodes)) - {update.before}
-            stages.append((update.after, members, update, [b for b in blocks if b.stream is stream and b.update == index]))
-    return stages
 
 
 def _head(pair: Pair) -> int:

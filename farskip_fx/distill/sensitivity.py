@@ -48,7 +48,7 @@ from .head import base_of, check_head, in_eval_mode
 from .loss import NAMES, Dense, Head, distillation_loss
 from .pair import sorted_arguments, traced
 from .program import Program, Values
-from .refit import _Side, _stages
+from .side import Side, stages_of
 from .structure import LayerStructure, structure_of
 
 VERSION = 1
@@ -235,11 +235,11 @@ class _Scan:
         parameters, fixed, varying = sorted_arguments(model, gm, calls)
         self.hidden = _before_the_head(gm, parameters, model)
         self.found, self.refused = build_reads(gm.graph, self.blocks, connectivities={name: _asking(name) for name in choices})
-        self.program = self.teacher = Program(gm, weights=parameters, inputs=varying[0])     # teacher: what _stages calls it
-        self.stages = _stages(self)
+        self.program = Program(gm, weights=parameters, inputs=varying[0])
+        self.stages = stages_of(self.blocks)
         self.program.set_stages([(end, members) for end, members, _, _ in self.stages])
         given = {**{node: p.detach() for node, p in parameters.items()}, **fixed}
-        self.side = _Side(self.program, [s.states[0] for s in self.blocks.streams], given, [dict(call) for call in varying])
+        self.side = Side(self.program, [s.states[0] for s in self.blocks.streams], given, [dict(call) for call in varying])
         self.branch = {read.block.node: frozenset(self.blocks.flow.members(read.block.contribution.branch)) - set(read.shared)
                        for reads in self.found.values() for read in reads}
         self.stage_of = {block.node: i for i, (_, _, _, blocks) in enumerate(self.stages) for block in blocks}
@@ -306,8 +306,7 @@ class _Scan:
         known = self._known(batch, walk, fresh)
         if update is None:      # what leads to a stream, every node of it: a mask may be made under vmap
             known = ChainMap(self.program.run_all(self.program.members(stage), known), known)
-        kept = [n for n in self.program.live(stage) if n not in self.side.given and n not in self.side.batches[batch]]
-        live = self.program.evaluate([*kept, end], known)
+        live = self.program.evaluate([*self.side.changing(batch, stage), end], known)
         ready = self._ready.get(stage, ())
         after = ChainMap(live, known)
         return _Walk(live=live, reads={**walk.reads, **self.program.evaluate(ready, after)} if ready else walk.reads)
