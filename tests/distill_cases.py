@@ -25,6 +25,23 @@ def model_of(seed=0, **options):
     return model
 
 
+def characters():
+    """A tokenizer of characters, as a checkpoint has it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {"<end>": 0, **{chr(96 + i): i for i in range(1, 27)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def save_model_and_text(folder):
+    """What the file of a run names: FOLDER/model, with a tokenizer, and FOLDER/text.txt."""
+    model_of().save_pretrained(folder / "model")
+    characters().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 12)
+
+
 class Texts(torch.utils.data.Dataset):
     """Rows that can be learned: each token is one more than the last, mostly. ``padded``: some rows end early."""
 

@@ -19,7 +19,7 @@ from farskip_fx.distill.cache import build
 from farskip_fx.distill.trainer import RUN, StopOnTask
 from farskip_fx.errors import ConfigError, RefusedError, WrongConnectivityError
 
-from distill_cases import LENGTH, VOCABULARY, Texts, arguments, model_of, run
+from distill_cases import LENGTH, VOCABULARY, Texts, arguments, model_of, run, save_model_and_text
 from ranks import run_ranks
 
 IDS = torch.stack([Texts(rows=4, seed=3)[i]["input_ids"] for i in range(4)])
@@ -337,22 +337,11 @@ def test_the_head_must_be_plain():
 
 # --- the command line -----------------------------------------------------------------------------------------------------
 
-def characters():
-    """A tokenizer of characters, as a checkpoint has it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    vocabulary = {"<end>": 0, **{chr(96 + i): i for i in range(1, 27)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
 @pytest.mark.slow
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
     from farskip_fx.cli import main
-    model_of().save_pretrained(tmp_path / "model")
-    characters().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 12)
+    monkeypatch.setenv("COLUMNS", "120")        # whatever the one that runs the tests says: the table has its words whole
+    save_model_and_text(tmp_path)
     run_file = tmp_path / "run.yaml"
     run_file.write_text(f"""
         model: {tmp_path}/model

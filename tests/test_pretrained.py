@@ -17,8 +17,7 @@ from farskip_fx.convert import converted_of
 from farskip_fx.distill import assert_rewired
 from farskip_fx.saved import forget, record
 
-from distill_cases import model_of
-from test_distill import characters
+from distill_cases import characters, model_of
 
 IDS = torch.arange(3, 15)[None]
 SAVED = {"version": 1, "connectivity": "attn_only", "layers": "all"}

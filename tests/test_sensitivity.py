@@ -24,8 +24,7 @@ from farskip_fx.distill.structure import LayerStructure
 from farskip_fx.distill.trainer import RUN
 from farskip_fx.errors import ConfigError
 
-from distill_cases import LENGTH, Texts, arguments, model_of
-from test_distill import characters
+from distill_cases import LENGTH, Texts, arguments, model_of, save_model_and_text
 
 ROWS = torch.stack([Texts(rows=8, seed=3)[i]["input_ids"] for i in range(8)])
 BATCHES = [{"input_ids": ROWS[:4], "labels": ROWS[:4]},
@@ -357,9 +356,7 @@ def test_a_run_chooses_once(tmp_path, monkeypatch):
 
 def test_command(tmp_path, capsys):
     from farskip_fx.cli import main
-    model_of().save_pretrained(tmp_path / "model")
-    characters().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 12)
+    save_model_and_text(tmp_path)
     file = tmp_path / "run.yaml"
     file.write_text(f"""
         model: {tmp_path}/model

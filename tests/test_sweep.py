@@ -12,8 +12,7 @@ from farskip_fx.distill import command
 from farskip_fx.distill.sweep import sweep
 from farskip_fx.errors import ConfigError
 
-from distill_cases import model_of
-from test_distill import characters
+from distill_cases import save_model_and_text
 
 RUN = """
 model: {folder}/model
@@ -116,9 +115,7 @@ def test_ranks_share_a_batch(file, trained, monkeypatch):
 
 @pytest.mark.slow
 def test_command(file, tmp_path, capsys):
-    model_of().save_pretrained(tmp_path / "model")
-    characters().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 12)
+    save_model_and_text(tmp_path)
     assert main(["sweep", str(file), "--batch", "4", "--learning-rate", "1e-3", "1e-2", "--steps", "3"]) == 0
     assert "best by kl" in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "sweep" / "sweep.json").read_text())

@@ -1,4 +1,5 @@
 """Tasks of lm-eval on a converted model: with lm-eval where it is installed, and with a stand-in that records its calls."""
+import collections
 import random
 import sys
 import types
@@ -7,11 +8,11 @@ import pytest
 import torch
 
 import farskip_fx as fs
+import farskip_fx.report as reports
 from farskip_fx.distill import lm_eval, lm_eval_task
 from farskip_fx.errors import ConfigError, WrongConnectivityError
 
-from distill_cases import model_of
-from test_distill import characters
+from distill_cases import characters, model_of
 
 FOUND = {"arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": "N/A", "sample_len": 4},
          "gsm8k": {"alias": "gsm8k", "exact_match,strict": 0.25, "exact_match,flexible": 0.75, "sample_len": 4}}
@@ -40,7 +41,8 @@ def stand_in(monkeypatch):
     return seen
 
 
-def test_what_lm_eval_is_given(stand_in):
+def test_what_lm_eval_is_given(stand_in, monkeypatch):
+    monkeypatch.setattr(reports, "_recent", collections.deque())        # reports of other tests may have the same conversion
     model, tokenizer = fs.apply(model_of().train(), connectivity="farskip", inner="eager"), characters()
     stand_in.calls = False
     with pytest.raises(WrongConnectivityError, match="no graph of this model was rewired"):
