@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"farskip {args.verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        done = "" if args.verb in ("distill", "sweep", "sensitivity") else "; ranks and link are gone"
+        done = "; ranks and link are gone" if args.verb in ("bench", "demo") else ""
         print(f"farskip {args.verb}: interrupted{done}", file=sys.stderr)
         return 130
 

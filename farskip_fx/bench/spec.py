@@ -5,10 +5,12 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..connectivity import BUILT_IN
+
 MODES = ("forward", "train", "step")
 BOTH = MODES[:2]                            # without data parallelism
 VARIANTS = ("stock", "inductor_overlap", "rewired_stock", "farskip")
-REWIRED = ("farskip", "ladder", "attn_only", "mlp_only")
+REWIRED = tuple(name for name in BUILT_IN if name != "none")
 EP = 2                                      # ranks that share the experts
 
 
