@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..expert_parallel import _sharded_modules
+from .calibration import ranks_and_rank
 from .head import base_of, check_head
 from .loss import Head, TopK
 from .teacher import Teacher
@@ -86,8 +87,7 @@ def build(folder: str | Path, teacher: Teacher, dataset, *, top_k: int, temperat
         raise ConfigError("a cache is built before farskip_fx.expert_parallel: ranks take different rows, and would wait "
                           "for each other in an exchange")
     folder.mkdir(parents=True, exist_ok=True)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    world, rank = ranks_and_rank()
     length, vocabulary = len(dataset[0]["input_ids"]), teacher.head.weight.shape[0]
     if top_k > vocabulary:
         raise ConfigError(f"top_k={top_k} of a vocabulary of {vocabulary}")

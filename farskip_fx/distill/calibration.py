@@ -13,6 +13,10 @@ from ..errors import ConfigError
 from .head import base_of
 
 
+def ranks_and_rank() -> tuple[int, int]:
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
 def some_batches(dataset, collator: Callable, *, count: int, batch: int) -> list[dict]:
     """``count`` batches (fewer, of a small dataset), evenly spread over a dataset with a length, else its first ones."""
     if hasattr(dataset, "__len__"):
@@ -36,7 +40,7 @@ def own_batches(model: nn.Module, dataset, collator: Callable, *, count: int, ba
     Raises:
         ConfigError: there are fewer batches than ranks.
     """
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    ranks, rank = ranks_and_rank()
     takes = {"labels", "shift_labels", *inspect.signature(base_of(model).forward).parameters}
     found = some_batches(dataset, collator, count=max(count, ranks), batch=batch)
     if len(found) < ranks:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import FarskipConfig, refuse_unknown
-from ..connectivity import CONNECTIVITIES, known_names
 from ..errors import ConfigError
-from .exposed import CHOICES, Deployment
+from .exposed import CHOICES, Deployment, require_choices
 from .teacher import MODES
 
 VERSION = 1
@@ -97,11 +96,7 @@ class DistillConfig:
             raise ConfigError("kl and cross_entropy are both 0: there is no loss")
 
     def _automatic(self) -> None:
-        if isinstance(self.choices, str) or not self.choices:
-            raise ConfigError(f"choices must be a list of connectivities, got {self.choices!r}")
-        for name in self.choices:
-            if name not in CONNECTIVITIES:
-                raise ConfigError(f"choices: {known_names(name)}")
+        require_choices(self.choices)
         object.__setattr__(self, "choices", tuple(self.choices))
         if self.deployment is not None:
             object.__setattr__(self, "deployment", Deployment.of(self.deployment))

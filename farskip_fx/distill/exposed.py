@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..config import refuse_unknown
-from ..connectivity import Missing, Reads, ask
+from ..connectivity import CONNECTIVITIES, Missing, Reads, ask, known_names
 from ..errors import ConfigError
 from ..passes.costs import PRESETS, Rates
 from ..passes.simulate import COMPUTE, LAUNCH, WAIT, Problem, list_schedule, run, tails
@@ -36,6 +36,15 @@ from .structure import LayerStructure
 CHOICES = ("farskip", "attn_only", "mlp_only")
 _PARTS = 4              # of attention: projections, the core in two groups of heads, output
 _PATIENCE = (0.15, 0.4)      # of the rules of ``list_schedule`` those that come within a few percent of its search
+
+
+def require_choices(choices: Sequence[str]) -> None:
+    """Raise ConfigError for what is no list of known connectivities, or an empty one."""
+    if isinstance(choices, str) or not choices:
+        raise ConfigError(f"choices must be a list of connectivities, got {choices!r}")
+    for name in choices:
+        if name not in CONNECTIVITIES:
+            raise ConfigError(f"choices: {known_names(name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch import nn
 from ..config import FarskipConfig
 from ..errors import ConfigError
 from .cache import fingerprint
-from .calibration import own_batches
+from .calibration import own_batches, ranks_and_rank
 from .choice import Choice, choose, hidden_time
 from .config import DistillConfig
 from .exposed import Deployment
@@ -52,7 +52,7 @@ def with_chosen_layers(config: DistillConfig, model: nn.Module, dataset, collato
         return config
     require_original(model, of="student")
     path = Path(folder) / FILE
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    ranks, rank = ranks_and_rank()
     saved = _from_rank_0(lambda: _saved(path, config, model) if resume and path.exists() else None, ranks, rank)
     if saved is not None:
         return _chosen(config, saved)

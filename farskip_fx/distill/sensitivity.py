@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..config import refuse_unknown
-from ..connectivity import CONNECTIVITIES, ask, known_names
+from ..connectivity import ask
 from ..convert import converted_of
 from ..errors import ConfigError, RefusedError
 from ..passes.detect import Blocks
@@ -43,7 +43,7 @@ from ..sharding import is_part
 from ..verify import blocks_of
 from .cache import fingerprint
 from .evaluation import targets_of
-from .exposed import CHOICES
+from .exposed import CHOICES, require_choices
 from .head import base_of, check_head, in_eval_mode
 from .loss import NAMES, Dense, Head, distillation_loss
 from .pair import sorted_arguments, traced
@@ -198,11 +198,7 @@ def sensitivity(model: nn.Module, batches: Iterable, choices: Sequence[str] = CH
 
 
 def _checked(choices: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(choices, str) or not choices:
-        raise ConfigError(f"choices must be a list of connectivities, got {choices!r}")
-    for name in choices:
-        if name not in CONNECTIVITIES:
-            raise ConfigError(f"choices: {known_names(name)}")
+    require_choices(choices)
     return tuple(dict.fromkeys(name for name in choices if name != "none"))
 
 
@@ -261,18 +257,20 @@ class _Scan:
             task = bar.add_task("", total=len(self.targets) * len(self.blocks.layers))
             for batch in range(len(self.targets)):
                 original = self._to_the_end(batch, None, 0, ())
+                unchanged = self._sums(original, original, batch)
                 walk = None
                 for stage in range(len(self.stages)):
                     for index in begins.get(stage, ()):
                         bar.update(task, description=f"batch {batch}, layer {index}")
-                        self._layer(batch, index, walk, stage, original, sums[index])
+                        self._layer(batch, index, walk, stage, original, unchanged, sums[index])
                         bar.advance(task)
                     walk = self._step(batch, walk, stage, ())
         return sums
 
-    def _layer(self, batch: int, index: int, walk: _Walk, stage: int, original: Tensor, sums: Tensor) -> None:
+    def _layer(self, batch: int, index: int, walk: _Walk, stage: int, original: Tensor, unchanged: Tensor,
+               sums: Tensor) -> None:
         """Each choice for one layer, from the original's values in front of it."""
-        known: dict[tuple, Tensor] = {(): self._sums(original, original, batch)}
+        known: dict[tuple, Tensor] = {(): unchanged}
         for row, name in zip(sums, self.choices):
             reads = self.found.get((index, name))
             if reads is None:

@@ -79,15 +79,16 @@ def distill(model: nn.Module, dataset, config: DistillConfig | Mapping | None = 
     if config.share is not None and teacher_model is not None:
         raise ConfigError(f"layers={config.layers!r} measures the original, and with teacher_model= the student is not it any more; "
                           "give the connectivity of each layer (distill.yaml of the run before has it)")
-    config = with_chosen_layers(
-        config, model, dataset, with_labels(data_collator or default_data_collator), folder=args.output_dir,
-        batch=args.per_device_train_batch_size, device=args.device, resume=bool(resume))
-    calibration = own_batches(
-        model, dataset, with_labels(data_collator or default_data_collator), count=config.refit_batches, device=args.device,
-        batch=args.per_device_train_batch_size, what="refit_batches") if config.refit_batches else []
+    labelled, size = with_labels(data_collator or default_data_collator), args.per_device_train_batch_size
+    config = with_chosen_layers(config, model, dataset, labelled, folder=args.output_dir, batch=size, device=args.device,
+                                resume=bool(resume))
+    checkpoint = last_checkpoint(args.output_dir) if resume is True else resume or None
+    calibration = []
+    if config.refit_batches and checkpoint is None:
+        calibration = own_batches(model, dataset, labelled, count=config.refit_batches, batch=size, device=args.device,
+                                  what="refit_batches")
     teacher, eval_teacher, dataset, eval_dataset, data_collator = _teachers(
         config, model, teacher_model, dataset, eval_dataset, data_collator, args)
-    checkpoint = last_checkpoint(args.output_dir) if resume is True else resume or None
     if prepare is not None and config.teacher == "shared":
         raise ConfigError('prepare changes the weights that teacher="shared" uses; use teacher="copy", "int8" or "cached"')
     if checkpoint is None:
