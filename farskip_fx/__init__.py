@@ -10,6 +10,7 @@ from .errors import (CheckpointError, CollectiveError, ConfigError, FarskipError
                      RefusedError, SplitModelError, WrongConnectivityError)
 # Importing it registers the exchanges, and `ep_implementation="farskip"`, with transformers.
 from .expert_parallel import expert_parallel, expert_parameters, full_state_dict, gather_experts, load_full_state_dict
+from .explain import explain
 from .guard import guarded
 from .passes.costs import Rates
 from .pretrained import from_pretrained
@@ -20,7 +21,7 @@ __all__ = [
     "CheckpointError", "CollectiveError", "ConfigError", "DataParallel", "FarskipConfig", "FarskipError",
     "FarskipWarning", "GradientError", "NoMoEError", "Rates", "RefusedError", "Report", "SplitModelError",
     "Verification", "WrongConnectivityError", "apply", "check_agreement", "clip_grad_norm_", "data_parallel",
-    "expert_parallel", "expert_parameters", "farskip", "farskip_backend", "from_pretrained", "full_state_dict",
+    "expert_parallel", "expert_parameters", "explain", "farskip", "farskip_backend", "from_pretrained", "full_state_dict",
     "gather_experts", "guarded", "last_reports", "latest_checkpoint", "load_checkpoint", "load_full_state_dict", "no_sync",
     "reduce_gradients", "register_connectivity", "remove", "save_checkpoint", "verify",
 ]

@@ -23,6 +23,7 @@ from .data_parallel import averaged
 from .errors import CollectiveError
 from .passes._torch import process_group
 from .passes.dataflow import op_name, value_of
+from .passes.places import place_of
 from .report import Report, last_reports
 from .sharding import unshard_bucket
 
@@ -41,6 +42,7 @@ class Collective(NamedTuple):
     ranks: tuple[int, ...]
     dtype: str
     sizes: tuple[int | None, ...]
+    layer: int | None = None            # of the decoder, where it belongs to one
 
     def __str__(self) -> str:
         sizes = ", ".join("?" if s is None else str(s) for s in self.sizes)
@@ -58,17 +60,19 @@ def _collective(node: Node) -> Collective | None:
         group, _, _, dtype, _ = node.args[0]
         numel = sum(p.numel() if (p := value_of(n)) is not None else 0 for n in node.all_input_nodes)
         return Collective(_BUCKETS[node.target], _ranks(group), dtype.removeprefix("torch."), (numel,))
+    place = place_of(node)
+    layer = place.layer if place is not None else None
     op = op_name(node)
     if op.rstrip("_").removesuffix("_coalesced") not in _KINDS:
         return None
     group = next((a for a in reversed([*node.args, *node.kwargs.values()]) if isinstance(a, str)), "")
     value = value_of(node)
     if not hasattr(value, "shape"):         # several tensors in one
-        return Collective(op, _ranks(group), "several tensors", ())
+        return Collective(op, _ranks(group), "several tensors", (), layer)
     sizes = [s if isinstance(s, int) else None for s in value.shape]
     if op.startswith("all_to_all_single") and any(isinstance(s, Node) for s in itertools.chain(*node.args[1:3])):
         sizes[0] = None                     # rows as the router says
-    return Collective(op, _ranks(group), str(value.dtype).removeprefix("torch."), tuple(sizes))
+    return Collective(op, _ranks(group), str(value.dtype).removeprefix("torch."), tuple(sizes), layer)
 
 
 def _ranks(group: str) -> tuple[int, ...]:

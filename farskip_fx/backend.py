@@ -25,8 +25,10 @@ from .data_parallel import average_gradients
 from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError, WrongConnectivityError
 from .passes.checkpointing import inline_checkpoints
 from .passes.dataflow import op_name
+from .passes.describe import describe
 from .passes.detect import NoBlocks, detect, is_busy
 from .passes.normalize import normalize
+from .passes.places import mark
 from .passes.reasons import Reason
 from .passes.residual import NoStream, find_streams
 from .passes.rewire import rewire
@@ -83,6 +85,8 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
         blocks = detect(streams)
     if isinstance(blocks, NoBlocks):
         return _leave(report, where, gm, blocks.reason, part=True)
+    mark(blocks)
+    report.found = describe(blocks)
     count = len(blocks.layers)
     if not blocks.moe_layers and (sparse := sorted(config.names - DENSE)):
         return _leave(report, where, gm, Reason(

@@ -1,5 +1,5 @@
-"""The command line: ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries,
-``farskip sensitivity`` chooses layers.
+"""The command line: ``farskip explain`` says what would happen to a model, ``farskip diff`` compares two reports, ``farskip
+bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries, ``farskip sensitivity`` chooses layers.
 
 A verb is a function that adds its options and one that runs; VERBS lists them.
 """
@@ -19,6 +19,7 @@ from .bench.link import KINDS, LinkRefused
 from .bench.run import run, wrong
 from .bench.spec import BOTH, MODES, REWIRED, VARIANTS, Shape, Spec, SpecError
 from .errors import FarskipError
+from .passes.costs import PRESETS
 
 BENCH_TEXT = """\
 Time a Mixture-of-Experts model on two ranks over an emulated slow link.
@@ -83,6 +84,21 @@ Which layers to convert: the KL of converting each layer, or one half of it, alo
 prediction; and the least KL for a wanted share of that. Reads the file of farskip distill and trains nothing. Of its part
 distill count choices, deployment (ep, tokens, context, rates: where the model will run), scan_batches, and layers: auto:SHARE."""
 
+EXPLAIN_TEXT = """\
+What a conversion would do to a model: which blocks were found, what each reads before and after, what is refused and why, which
+exchanges there are, what hides behind what, what stays exposed. Nothing is run or compiled, and no weight is made.
+
+MODEL is a Hugging Face config.json or the folder with it, or a Python file with build(), which returns the model, or
+(model, inputs) with a dict of what it is called with. Of many equal layers a few are traced (--no-fold: all)."""
+
+EXPLAIN_END = """\
+examples:
+  farskip explain config.json --ep 8 --tokens 4096 --rates h100-infiniband
+  farskip explain config.json --ep 8 --html build/report.html --trace build/timeline.json
+  farskip explain my_model.py --layer 7
+  farskip explain config.json --json > a.json; farskip explain config.json --connectivity mlp_only --json > b.json
+  farskip diff a.json b.json"""
+
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -109,6 +125,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = "; ranks and link are gone" if args.verb in ("bench", "demo") else ""
         print(f"farskip {args.verb}: interrupted{done}", file=sys.stderr)
         return 130
+
+
+def add_explain(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("explain", help="what a conversion would do to a model, without running it",
+                            description=EXPLAIN_TEXT, epilog=EXPLAIN_END, formatter_class=argparse.RawTextHelpFormatter)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="config.json, a folder with one, or a Python file with build()")
+    what = verb.add_argument_group("conversion")
+    what.add_argument("--connectivity", default=None, metavar="NAME", help="farskip (usual), attn_only, mlp_only, ladder, none")
+    what.add_argument("--layers", default=None, metavar="WHICH", help='"all" (usual) or "last:SHARE"')
+    where = verb.add_argument_group("where it would run")
+    where.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that the experts are split over (1: no exchanges)")
+    where.add_argument("--tokens", type=int, default=2048, metavar="N", help="of a sequence (2048)")
+    where.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
+    where.add_argument("--train", action="store_true", help="forward and backward")
+    where.add_argument("--rates", choices=tuple(PRESETS), help="of device and link (one CPU core and a slow link)")
+    how = verb.add_argument_group("what is shown")
+    how.add_argument("--layer", type=int, metavar="K", help="everything about one layer")
+    sides = how.add_mutually_exclusive_group()
+    sides.add_argument("--before", action="store_true", help="the original connectivity only")
+    sides.add_argument("--after", action="store_true", help="the converted model only")
+    how.add_argument("--no-fold", action="store_true", help="trace every layer")
+    how.add_argument("--no-predict", action="store_true", help="the rewiring alone, no times")
+    how.add_argument("--json", action="store_true", help="the whole report as JSON on stdout")
+    how.add_argument("--html", type=Path, metavar="PATH", help="write a page")
+    how.add_argument("--trace", type=Path, metavar="PATH", help="write the timelines for Perfetto")
+    verb.set_defaults(run=run_explain)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    from .explain_command import explain_source, show
+    options = {name: getattr(args, name) for name in ("connectivity", "layers") if getattr(args, name) is not None}
+    report = explain_source(args.model, ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, rates=args.rates,
+                            options=options, fold=not args.no_fold, predict=not args.no_predict)
+    sides = ("before",) if args.before else ("after",) if args.after else ("before", "after")
+    show(report, screen(), layer=args.layer, sides=sides, as_json=args.json, html=args.html, trace=args.trace)
+    return 0
+
+
+def add_diff(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("diff", help="what two reports differ in",
+                            description="What two reports of farskip explain --json differ in. Status 0 if nothing, else 1.")
+    verb.add_argument("first", type=Path, metavar="A.json")
+    verb.add_argument("second", type=Path, metavar="B.json")
+    verb.add_argument("--json", action="store_true", help="as JSON")
+    verb.set_defaults(run=run_diff)
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    from .explain_command import diff
+    return diff(args.first, args.second, screen(), as_json=args.json)
 
 
 def add_bench(verbs: argparse._SubParsersAction) -> None:
@@ -244,7 +310,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
+VERBS = (add_explain, add_diff, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,6 +52,24 @@ def compile_fx(gm, example_inputs, *, config_patches):
     return inductor(gm, example_inputs, config_patches=config_patches)
 
 
+def lowered(gm, example_inputs):
+    """The graphs that Inductor would get, forward first: its own decompositions and partition (2.0), nothing compiled.
+
+    ``gm`` is changed. A cached compile would hand out no graph, so the cache of AOTAutograd is off.
+    """
+    import torch._functorch.config as functorch
+    from torch._inductor.compile_fx import compile_fx as inductor
+    graphs = []
+
+    def collect(graph, inputs, **kwargs):
+        graphs.append(graph)
+        return graph.forward
+
+    with functorch.patch(enable_autograd_cache=False):
+        inductor(gm, example_inputs, inner_compile=collect)
+    return graphs
+
+
 def aot_eager(gm, example_inputs):
     """AOTAutograd with nothing behind it (2.0)."""
     from torch._dynamo.backends.registry import lookup_backend
@@ -384,3 +402,10 @@ def allow_scalar_outputs() -> bool:
         shape_env = context.fake_mode.shape_env
         shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)
     return True
+
+
+# --- ranks that are not there: farskip_fx/planned.py -------------------------------------------------------------
+def fake_store():
+    """The store of ``init_process_group("fake")`` (2.1); importing it registers that backend."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    return FakeStore()

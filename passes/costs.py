@@ -114,6 +114,14 @@ def is_launch(node: Node) -> bool:
             and op_name(node) != "_wrap_tensor_autograd")
 
 
+def launch_of(wait: Node) -> Node | None:
+    """The launch behind a wait, through the getitems of a coalesced one and the views of an in-place one."""
+    source = wait.args[0] if wait.args else None
+    while isinstance(source, Node) and not is_launch(source):
+        source = source.all_input_nodes[0] if source.op == "call_function" and source.all_input_nodes else None
+    return source
+
+
 def is_free(node: Node) -> bool:
     if node.op != "call_function" or is_wait(node) or is_launch(node):
         return True

@@ -15,6 +15,7 @@ a fraction of a second.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -55,6 +56,12 @@ def op_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
     return getattr(target, "__name__", str(target)).split(".")[-1]
+
+
+def clean_path(path: str) -> str:
+    """``L['self']._modules['model'].layers.3.mlp`` -> ``model.layers.3.mlp``."""
+    path = re.sub(r"^L\['\w+'\](\.__self__|\[\d+\])*\.?", "", path)
+    return path.replace("_modules['", "").replace("']", "").replace("_orig_mod.", "").replace("._orig_mod", "")
 
 
 def same_sizes(x: torch.Tensor, y: torch.Tensor) -> bool:

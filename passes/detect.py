@@ -18,7 +18,6 @@ Steps
 """
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
@@ -26,7 +25,7 @@ from operator import or_
 
 from torch.fx import Node
 
-from .dataflow import Dataflow, op_name
+from .dataflow import Dataflow, clean_path, op_name
 from .operations import ATTENTION, CASTS, EXCHANGES, LINEAR_MAPS, PRODUCTS, SCALES, SELECTORS, VIEWS
 from .reasons import Reason
 from .residual import Contribution, Stream
@@ -300,12 +299,6 @@ def _label(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return clean_path(paths[-1]) if paths else ""
-
-
-def clean_path(path: str) -> str:
-    """``L['self']._modules['model'].layers.3.mlp`` -> ``model.layers.3.mlp``."""
-    path = re.sub(r"^L\['\w+'\](\.__self__|\[\d+\])*\.?", "", path)
-    return path.replace("_modules['", "").replace("']", "").replace("._orig_mod", "")
 
 
 def _doubt(block: Block) -> Reason:

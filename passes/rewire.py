@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from .dataflow import Dataflow, op_name, same_sizes, value_inputs, value_of, written_arguments
+from .describe import source_of
 from .detect import Block, Blocks, Layer
 from .operations import CASTS, VIEWS
+from .places import name_of
 from .reasons import Reason
 from .recipe import Builder, ContractBroken, Copy, Recipe, drops, like
 from .residual import Stream, Update
@@ -66,10 +68,26 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """One edge of the graph that leads somewhere else now; nodes by their names in the Dynamo graph."""
+    layer: int
+    block: str                   # "attention", "moe" or "mlp"
+    node: str                    # what reads
+    op: str
+    was: str
+    now: str
+    source: str                  # of the reading node, in the model's code
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rewired:
     layers: tuple[LayerReport, ...]
-    edges: int                   # reads that were redirected
+    changes: tuple[Change, ...]  # reads that were redirected
     nodes_added: int
+
+    @property
+    def edges(self) -> int:
+        return len(self.changes)
 
     @property
     def rewired(self) -> int:
@@ -89,15 +107,14 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Seque
            layers: Collection[int]) -> Rewired:
     """Apply ``connectivity`` to ``layers`` (indices of decoder layers)."""
     reads, plan, refused = _decide(blocks, connectivity, layers)
-    builder, edges = Builder(graph), 0
-    for redirect in (r for i in sorted(plan) for r in plan[i]):
-        edges += _redirect(builder, blocks, redirect)
+    builder = Builder(graph)
+    changes = [change for i in sorted(plan) for redirect in plan[i] for change in _redirect(builder, blocks, redirect, i)]
     graph.lint()
     _check(blocks, [r for i in sorted(plan) for r in plan[i]])
     reports = tuple(_report(layer, reads.get(layer.index), plan.get(layer.index, ()), layers, refused.get(layer.index),
                             begins=not i or blocks.layers[i - 1].mlp.stream is not layer.mlp.stream)
                     for i, layer in enumerate(blocks.layers))
-    return Rewired(layers=reports, edges=edges, nodes_added=builder.added)
+    return Rewired(layers=reports, changes=tuple(changes), nodes_added=builder.added)
 
 
 def hidden_from(blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
@@ -313,7 +330,7 @@ def _seen_of(hidden: tuple[tuple[Block, str], ...], seen: set[Node]) -> Block | 
 
 # --- the change -------------------------------------------------------------------------------------------------
 
-def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect) -> int:
+def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect, layer: int) -> list[Change]:
     flow, state = blocks.flow, redirect.state
     # Everything a read is made of lies before the state that it replaces; and gradients are on there if anywhere.
     value = builder.realize(redirect.value, state.next, f"{state.name} without what is in flight")
@@ -322,15 +339,16 @@ def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect) -> int:
         mine = tuple((a, swaps[a]) for a in node.all_input_nodes if a in swaps)
         if mine:
             swaps[node] = builder.realize(Copy(node, mine), node.next, f"{node.name}, read from {value.name}")
-    clones, edges = set(redirect.clones), 0
+    clones, changes = set(redirect.clones), []
     for node in flow.members(redirect.block.contribution.branch):
         if node in clones:
             continue
         for old in [a for a in node.all_input_nodes if a in swaps]:
             node.replace_input_with(old, swaps[old])
             node.meta["farskip"] = f"reads {value.name}, was {state.name}"
-            edges += 1
-    return edges
+            changes.append(Change(layer=layer, block=name_of(redirect.block), node=node.name, op=op_name(node), was=old.name,
+                                  now=swaps[old].name, source=source_of(node)))
+    return changes
 
 
 def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:

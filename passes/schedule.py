@@ -27,19 +27,19 @@ Steps
 """
 from __future__ import annotations
 
-import bisect
-import heapq
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from . import costs
 from ._torch import draws_random, has_effect, writes_memory
-from .costs import Rates, is_launch, is_wait
+from .costs import Rates, is_launch, is_wait, launch_of
 from .dataflow import storages_of, written_arguments
-from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, lower_bound, run, search, topological
+from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, free_seconds, lower_bound, run, search, topological
+from .timeline import Collective, Drawn, Timeline
 
 COMPUTE_NAMESPACES = frozenset({
     "aten", "prims", "prim", "inductor", "transformers", "quantized", "quantized_decomposed", "mkldnn", "mkl", "onednn",
@@ -49,50 +49,51 @@ COMPUTE_NAMESPACES = frozenset({
 """Namespaces of custom ops that do not communicate."""
 _GRAIN = 1 / 4000       # of all compute: smaller nodes move with their neighbours
 _GAIN = 1e-4            # a smaller improvement is not worth another order
-_BEHIND = 3             # names a collective reports
-_COUNTS_BYTES = 1 << 16
 _ENDS = ("placeholder", "get_attr", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collective:
-    """One collective in the new order. Times are simulated seconds, indices are positions in ``Schedule.order``.
-
-    Args:
-        kind: "counts" if its result is only read by the host, else the op's name.
-        behind: the largest compute nodes that run while it is in flight.
-    """
-    name: str
-    op: str
-    kind: str
-    group: str
-    bytes: int
-    seconds: float
-    launch_index: int
-    wait_index: int
-    hidden_s: float
-    exposed_s: float
-    behind: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What ``schedule`` did. ``before_s`` and ``after_s`` are the simulated times of the two orders."""
+    """What ``schedule`` did; ``before`` and ``after`` are the two orders, simulated."""
     order: tuple[str, ...]
-    collectives: tuple[Collective, ...]
+    before: Timeline
+    after: Timeline
     compute_s: float
     link_s: float
-    before_s: float
-    after_s: float
-    exposed_before_s: float
-    exposed_after_s: float
     bound_s: float
     moved: int
-    peak_bytes_before: int
-    peak_bytes_after: int
     items: int = 0
     barriers: int = 0
     reason: str = ""        # why the order stayed, if it did
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """Of the new order."""
+        return self.after.collectives
+
+    @property
+    def before_s(self) -> float:
+        return self.before.seconds
+
+    @property
+    def after_s(self) -> float:
+        return self.after.seconds
+
+    @property
+    def exposed_before_s(self) -> float:
+        return self.before.exposed_s
+
+    @property
+    def exposed_after_s(self) -> float:
+        return self.after.exposed_s
+
+    @property
+    def peak_bytes_before(self) -> int:
+        return self.before.peak_bytes
+
+    @property
+    def peak_bytes_after(self) -> int:
+        return self.after.peak_bytes
 
 
 def schedule(graph: Graph, *, rates: Rates, max_memory: int | None = None,
@@ -127,11 +128,9 @@ def schedule(graph: Graph, *, rates: Rates, max_memory: int | None = None,
             peak, reason = peak_before, f"faster orders take more than {limit} bytes"
     moved = _write_back(graph, nodes, best)
     return Schedule(
-        order=tuple(n.name for n in best), collectives=program.report(best, after), moved=moved,
-        compute_s=sum(seconds.values()), link_s=sum(links.values()), before_s=before.end, after_s=after.end,
-        exposed_before_s=before.idle, exposed_after_s=after.idle, bound_s=min(program.bound(), after.end),
-        peak_bytes_before=peak_before, peak_bytes_after=peak, items=len(program.items.seconds),
-        barriers=rules.barriers, reason=reason)
+        order=tuple(n.name for n in best), before=program.timeline(nodes, before, peak_before),
+        after=program.timeline(best, after, peak), moved=moved, compute_s=sum(seconds.values()), link_s=sum(links.values()),
+        bound_s=min(program.bound(), after.end), items=len(program.items.seconds), barriers=rules.barriers, reason=reason)
 
 
 # --- 1. dependencies ---------------------------------------------------------------------------------------------
@@ -282,13 +281,17 @@ class _Program:
 
     def simulate(self, order: Sequence[Node]) -> Run:
         """An order of nodes; the run counts them without placeholders and output."""
+        alone = self._alone(order)
+        return run(alone, range(len(alone.seconds)))
+
+    def _alone(self, order: Sequence[Node]) -> Problem:
+        """The nodes as items that need nothing: their order is given."""
         inner = [n for n in order if n in self._position]
         link = [self._link(n) for n in inner]
-        alone = Problem(seconds=[self._seconds[n] for n in inner], link=link, before=[[] for _ in inner],
+        return Problem(seconds=[self._seconds[n] for n in inner], link=link, before=[[] for _ in inner],
                         role=[COMPUTE if l < 0 else LAUNCH if is_launch(n) else WAIT for l, n in zip(link, inner)],
                         link_seconds=[self._links[n] for n in self._number], link_group=list(self._group.values()),
                         share=self._share)
-        return run(alone, range(len(inner)))
 
     def faster_orders(self) -> Iterator[list[Node]]:
         """Orders of nodes, best first."""
@@ -314,34 +317,15 @@ class _Program:
                     done.add(top)
         return out + self._last
 
-    def report(self, order: Sequence[Node], result: Run) -> tuple[Collective, ...]:
-        inner = [n for n in order if n in self._position]
-        at = {n: i for i, n in enumerate(order)}
-        waits: dict[Node, list[int]] = {}
-        for i, node in enumerate(inner):
-            if is_wait(node) and self._link(node) >= 0:
-                waits.setdefault(launch_of(node), []).append(i)
-        largest = sorted((i for i, n in enumerate(inner) if self._seconds[n]), key=lambda i: result.start[i])
-        found = []
-        for node, number in self._number.items():
-            begin, end = result.link_start[number], result.link_finish[number]
-            idle = sum(result.idle_at.get(i, 0.0) for i in waits.get(node, ()))
-            exposed = min(idle, self._links[node])
-            found.append(Collective(
-                name=node.name, op=costs.op_name(node), kind=_kind(node), group=costs.group_of(node),
-                bytes=costs.payload(node), seconds=self._links[node], launch_index=at[node],
-                wait_index=min((at[inner[i]] for i in waits.get(node, ())), default=len(order)),
-                hidden_s=self._links[node] - exposed, exposed_s=exposed,
-                behind=_behind(inner, largest, result, begin, end)))
-        return tuple(found)
+    def timeline(self, order: Sequence[Node], result: Run, peak: int) -> Timeline:
+        drawn = Drawn(inner=[n for n in order if n in self._position], problem=self._alone(order), run=result,
+                      launches=list(self._number), free=self._free)
+        return Timeline(seconds=result.end, exposed_s=result.idle, peak_bytes=peak, events=drawn.events(),
+                        collectives=drawn.collectives(first=len(self._first)))
 
-
-def launch_of(wait: Node) -> Node | None:
-    """The launch behind a wait, through the getitems of a coalesced one and the views of an in-place one."""
-    source = wait.args[0] if wait.args else None
-    while isinstance(source, Node) and not is_launch(source):
-        source = source.all_input_nodes[0] if source.op == "call_function" and source.all_input_nodes else None
-    return source
+    @cached_property
+    def _free(self) -> list[float]:
+        return free_seconds(self.items)
 
 
 def _merge(inner: Sequence[Node], rules: _Rules, seconds: dict[Node, float]) -> Callable[[Node], Node]:
@@ -387,7 +371,7 @@ def _merge(inner: Sequence[Node], rules: _Rules, seconds: dict[Node, float]) -> 
     return head_of
 
 
-# --- 4. write back, memory, report -------------------------------------------------------------------------------
+# --- 4. write back, memory -------------------------------------------------------------------------------
 def _write_back(graph: Graph, nodes: Sequence[Node], order: Sequence[Node]) -> int:
     """Reorder ``graph``; returns how many nodes have another node in front of them than before."""
     if order is nodes:
@@ -432,41 +416,3 @@ class _Memory:
                 if last[root] is node and root not in self._kept:
                     live -= self._size.get(root, 0)
         return peak
-
-
-def _kind(launch: Node) -> str:
-    return "counts" if _only_read_by_host(launch) else costs.op_name(launch)
-
-
-def _only_read_by_host(launch: Node) -> bool:
-    """Sizes: a small integer result, some of it read by ``.item()``."""
-    if any(t.dtype.is_floating_point or costs.bytes_of(t) > _COUNTS_BYTES for t in costs.tensors_of(launch)):
-        return False
-    seen, stack = set(), [launch]
-    while stack:
-        node = stack.pop()
-        if costs.op_name(node) == "_local_scalar_dense":
-            return True
-        new = [u for u in node.users if u not in seen and (costs.is_free(u) or costs.is_light(u) or is_wait(u))]
-        seen.update(new)
-        stack += new
-    return False
-
-
-def _behind(inner: Sequence[Node], starts: Sequence[int], result: Run, begin: float, end: float) -> tuple[str, ...]:
-    """Names of the nodes that overlap most with [begin, end]; ``starts`` are their positions by start time."""
-    at = bisect.bisect_left(starts, begin, key=lambda i: result.finish[i])
-    overlap = []
-    while at < len(starts) and result.start[starts[at]] < end:
-        i = starts[at]
-        overlap.append((min(result.finish[i], end) - max(result.start[i], begin), -i))
-        at += 1
-    return tuple(_label(inner[-i]) for _, i in heapq.nlargest(_BEHIND, overlap))
-
-
-def _label(node: Node) -> str:
-    """Where a node comes from, as the user wrote it: ``model.layers.3.self_attn: mm``."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values())) if isinstance(entry, tuple) and entry[0]), "")
-    path = path.replace("L['self'].", "").replace("L['self']", "").replace("_orig_mod.", "")
-    return f"{path}: {costs.op_name(node)}" if path else node.name

@@ -294,6 +294,13 @@ def lower_bound(p: Problem) -> float:
     return max(compute + p.share * max(groups.values()), max(tails(p)), max(groups.values()), through, chained)
 
 
+def free_seconds(p: Problem) -> list[float]:
+    """Of each collective: seconds of the items that its launch does not need and that do not need a wait of it."""
+    launch, waits = _ends_of_links(p)
+    seconds = np.asarray(p.seconds)
+    return (seconds.sum() - _needs(p, launch) @ seconds - _follows(p, waits) @ seconds).tolist() if p.link_seconds else []
+
+
 def _ends_of_links(p: Problem) -> tuple[list[int], list[list[int]]]:
     """The launch (or -1) and the waits of each collective."""
     launch = [-1] * len(p.link_seconds)

@@ -1,0 +1,207 @@
+"""``explain``: what a conversion would do to a model, and what that would cost, without running or compiling it.
+
+    model's forward -> Dynamo (fake tensors) -> the backend's passes, and beside them the graph as it was
+                    -> AOTAutograd for each -> schedule both -> Report
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx import GraphModule
+
+from . import backend, frame
+from .agreement import collectives_of
+from .capture import prepare
+from .config import FarskipConfig, merge
+from .convert import converted_of, decoder_of, install_capture_hooks
+from .data_parallel import average_gradients
+from .errors import FarskipWarning, NoMoEError
+from .fold import folded, unfold
+from .passes._torch import COMPILED_APART, ignored_in_graphs, lowered
+from .passes.checkpointing import inline_checkpoints
+from .passes.costs import Rates
+from .passes.describe import Found, describe
+from .passes.detect import Blocks, detect, is_busy
+from .passes.early_means import launch_means_early
+from .passes.normalize import normalize
+from .passes.places import mark
+from .passes.prefetch import prefetch
+from .passes.reasons import Reason
+from .passes.residual import NoStream, find_streams
+from .passes.schedule import schedule
+from .report import Folded, Phase, Report
+
+PHASES = ("forward", "backward")
+
+
+def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = None, gradients: bool | None = None,
+            predict: bool = True, fold: bool = True, **inputs) -> Report:
+    """What would change in ``model``, and why not; what would run when, before and after.
+
+    Nothing of the model is run below its decoder, and nothing is compiled: weights may be on the meta device. Every rank of
+    a model that is split over ranks gets its own report; no rank waits for another.
+
+    Args:
+        model: Hugging Face or not; split by ``expert_parallel`` or not (then there are no exchanges to hide).
+        args, inputs: what the model is called with.
+        config: a ``FarskipConfig`` or its fields; None: what the model was converted with, or its checkpoint says, or the
+            defaults. Layers that cannot be rewired are in the report, whatever ``strict`` says.
+        gradients: predict the backward too; None: if the model is in training mode and gradients are on.
+        predict: lower the graph and simulate it; False: the rewiring alone.
+        fold: trace a few of many equal layers; the report says so (``folded``).
+
+    Returns:
+        A ``Report``; ``phases`` has the original connectivity in the order of stock Inductor as ``before``.
+
+    Raises:
+        ConfigError: options that contradict the conversion.
+        NoMoEError: the call did not reach a decoder.
+
+    A graph that breaks is no error here: ``unchanged`` says where, and what helps.
+    """
+    converted = converted_of(model)
+    owner = converted if converted is not None else _owner(model)
+    forward = converted.forward.__wrapped__ if converted is not None else owner.forward
+    if gradients is None:
+        gradients = model.training and torch.is_grad_enabled()
+    tracer = _Tracer(_settings(model, converted, config), f"{type(owner).__name__}.forward", gradients=gradients, predict=predict)
+    with (folded(owner) if fold else nullcontext()) as how, _traced(owner, forward, tracer):
+        try:
+            with torch.set_grad_enabled(tracer.gradients):
+                model(*args, **inputs)
+        except _Done:
+            pass
+    report = tracer.report
+    if report is None:
+        raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(owner).__name__}), so there is "
+                         "nothing to explain: call it as it runs, with input_ids for example")
+    report.model = type(model).__name__
+    report.rank = dist.get_rank() if dist.is_initialized() else 0
+    return unfold(report, how) if isinstance(how, Folded) else report
+
+
+def _settings(model: nn.Module, converted: nn.Module | None, config: FarskipConfig | Mapping | None) -> FarskipConfig:
+    given = config.to_dict() if isinstance(config, FarskipConfig) else dict(config or {})
+    if converted is not None:
+        known = converted.forward.config
+        backend.agree(given, known.saved(), "the configuration given to farskip_fx.apply")
+        return FarskipConfig.from_dict(merge(known.to_dict(), given))
+    saved = getattr(getattr(model, "config", None), "farskip", None)
+    backend.agree(given, saved, "the checkpoint (config.farskip)")
+    return FarskipConfig.from_dict(merge(saved, given))
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """What ``apply`` would compile, and a model without a list of layers as a whole."""
+    try:
+        return decoder_of(model)
+    except NoMoEError:
+        return model
+
+
+class _Done(BaseException):
+    """Unwinds the model's forward once its decoder is traced. Not an Exception: models catch those."""
+
+
+class _Traced(Exception):
+    """Ends Dynamo's compile once the graph was looked at."""
+
+
+@contextmanager
+def _traced(owner: nn.Module, forward: Callable, tracer: _Tracer) -> Iterator[None]:
+    """``owner`` traces its forward instead of running it."""
+    def traced(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    compiled = torch.compile(traced, backend=tracer, **COMPILED_APART)
+    scope = prepare(owner)
+
+    def run(*args, **kwargs):
+        install_capture_hooks(owner, kwargs)
+        once = getattr(logging.Logger, "warning_once", warnings.warn)
+        try:
+            with scope(), ignored_in_graphs(warnings.warn, once), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)        # Dynamo's remarks on the model's code
+                compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, _Traced):
+                raise error.inner_exception from error
+        raise _Done
+
+    own = owner.__dict__.get("forward")
+    owner.forward = run
+    try:
+        yield
+    finally:
+        del owner.forward
+        if own is not None:
+            owner.forward = own
+
+
+class _Tracer:
+    """The backend: takes the first graph, and compiles nothing."""
+
+    def __init__(self, config: FarskipConfig, name: str, *, gradients: bool, predict: bool) -> None:
+        self.config, self.name, self.gradients, self.predict = config, name, gradients, predict
+        self.report: Report | None = None
+
+    def __call__(self, gm: GraphModule, example_inputs: list) -> Callable:
+        where = frame.compiling()
+        # Whatever cannot be rewired is what the report is about.
+        lenient = dataclasses.replace(self.config, strict=False)
+        report = Report(graph=self.name, config=lenient, nodes=len(gm.graph.nodes))
+        report.checkpoints = inline_checkpoints(gm, gradients=self.gradients)
+        report.found = _mark(gm)
+        before = copy.deepcopy(gm)
+        if lenient.names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FarskipWarning)
+                backend._rewire(gm, lenient, report, where)
+        broken = where.break_of(gm)
+        if broken:
+            report.rewired, report.unchanged = None, Reason("graph_break", f"{broken}{report.unchanged or ''}".strip())
+        if lenient.data_parallel is not None:
+            for graph in (before, gm):
+                report.buckets = average_gradients(graph, example_inputs, lenient.data_parallel,
+                                                   paused=where.is_paused(lenient.data_parallel))
+        report.collectives = collectives_of(gm)
+        if self.predict and not broken:
+            start = time.perf_counter()
+            report.explained = self._phases(before, gm, example_inputs)
+            report.seconds["predict"] = time.perf_counter() - start
+        report.config = self.config
+        self.report = report
+        raise _Traced
+
+    def _phases(self, before: GraphModule, after: GraphModule, example_inputs: list) -> tuple[Phase, ...]:
+        rates = self.config.rates or Rates()
+        old = [schedule(graph.graph, rates=rates) for graph in lowered(before, example_inputs)]
+        new = []
+        for graph in lowered(after, example_inputs):
+            prefetch(graph.graph)
+            launch_means_early(graph.graph)
+            new.append(schedule(graph.graph, rates=rates))
+        return tuple(Phase(name=name, before=one.before, after=other.after if self.config.overlap else other.before,
+                           bound_s=other.bound_s, reason=other.reason) for name, one, other in zip(PHASES, old, new))
+
+
+def _mark(gm: GraphModule) -> tuple[Found, ...]:
+    """The blocks, marked in the graph; none where they are not understood (``_rewire`` says why)."""
+    normalize(gm.graph)
+    streams = find_streams(gm.graph, busy=is_busy)
+    blocks = streams if isinstance(streams, NoStream) else detect(streams)
+    gm.recompile()
+    if not isinstance(blocks, Blocks):
+        return ()
+    mark(blocks)
+    return describe(blocks)

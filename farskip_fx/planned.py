@@ -1,0 +1,86 @@
+"""A model that is only looked at: built from a configuration or a script, weights on no device, ranks that are not there.
+
+    farskip explain config.json --ep 8 --tokens 4096
+    farskip explain my_model.py            # has build() -> (model, inputs), or build() -> model
+
+Nothing is downloaded, and no weight is ever written: a configuration of 235 billion parameters takes no memory.
+"""
+from __future__ import annotations
+
+import runpy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .errors import ConfigError
+from .expert_parallel import expert_parallel
+from .passes._torch import fake_store
+
+
+def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training: bool = False, ep: int = 1,
+            exchange: str = "all_to_all") -> tuple[nn.Module, dict]:
+    """The model of ``source``, split over the ranks of the default process group, and inputs to call it with.
+
+    Args:
+        source: a Hugging Face ``config.json`` or the folder with it, or a Python file with ``build()``.
+        tokens, batch: of the inputs, where the source has none.
+        ep: ranks that its experts are split over; see ``pretended``.
+
+    Raises:
+        ConfigError: says what is wrong with ``source``.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"{source} is not there; give a config.json, the folder with it, or a Python file with build()")
+    model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path), None)
+    model.train(training)
+    if ep > 1:
+        expert_parallel(model, dist.group.WORLD, exchange=exchange)
+    if any(t.is_meta for t in model.parameters()):
+        # Kernels are chosen by device. Memory that is never touched is never taken.
+        model.to_empty(device="cpu")
+    if inputs is None:
+        inputs = {"input_ids": torch.zeros(batch, tokens, dtype=torch.long), "use_cache": False}
+    return model, inputs
+
+
+@contextmanager
+def pretended(world: int) -> Iterator[None]:
+    """A process group of ``world`` ranks of which only this one, rank 0, exists: it traces, and communicates nothing."""
+    if world < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("fake", rank=0, world_size=world, store=fake_store())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _configured(path: Path) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.bfloat16)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is no configuration of a causal language model that transformers knows: {error}") from error
+
+
+def _scripted(path: Path) -> tuple[nn.Module, dict | None]:
+    build = runpy.run_path(str(path)).get("build")
+    if not callable(build):
+        raise ConfigError(f"{path} has no function build(); it returns the model, or (model, inputs) with a dict of what the "
+                          "model is called with")
+    made = build()
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module) or not isinstance(inputs, Mapping | None):
+        raise ConfigError(f"build() of {path} returned {type(made).__name__}; it returns the model, or (model, inputs) with a "
+                          "dict of what the model is called with")
+    return model, None if inputs is None else dict(inputs)
