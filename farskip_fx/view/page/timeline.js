@@ -1,0 +1,316 @@
+// Predicted timelines: one canvas each, compute lane and one lane a link; before and after of a phase share their scale.
+
+const GUTTER = 76, LANE = 30, LINK = 20, SPACE = 5, AXIS = 20, HEAD = 4, MOST_ZOOM = 2e4;
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+
+const pairs = report.phases.map(phase => {
+  const lanes = ["compute", ...new Set([...phase.before.events, ...phase.after.events].map(e => e.lane).filter(l => l !== "compute"))];
+  const span = Math.max(phase.before.seconds, phase.after.seconds, ...[phase.before, phase.after].map(last)) || 1;
+  return {phase, lanes, span, from: 0, to: span, views: []};
+});
+
+function last(line) {
+  return line.events.reduce((most, e) => Math.max(most, e.start + e.seconds), 0);
+}
+
+let colours = {};
+
+function readColours() {
+  const style = getComputedStyle(document.documentElement);
+  for (const name of [...Object.keys(PARTS), "ink", "soft", "line", "ground", "idle", "accent"]) {
+    colours[name] = style.getPropertyValue(`--${name}`).trim();
+  }
+}
+
+function drawTimelines() {
+  const frame = $("timelines");
+  if (!pairs.length) {
+    frame.append(el("p", {class: "empty"}, "Nothing was predicted: the report has no phases."));
+    return;
+  }
+  for (const pair of pairs) {
+    const figure = el("div", {class: "phase"}, el("h3", {}, plain(pair.phase.name)));
+    for (const side of ["before", "after"]) {
+      const view = makeView(pair, side);
+      pair.views.push(view);
+      figure.append(el("div", {class: "view"}, el("div", {class: "caption"}, el("strong", {}, side === "before" ? "before" : "after"),
+        el("span", {}, seconds(pair.phase[side].seconds)),
+        el("span", {}, `exposed ${seconds(pair.phase[side].exposed_s)}`)), view.canvas));
+    }
+    frame.append(figure);
+  }
+  new ResizeObserver(() => redraw()).observe(frame);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); redraw(); });
+  drawLegend();
+}
+
+function makeView(pair, side) {
+  const line = pair.phase[side];
+  const height = HEAD + LANE + (pair.lanes.length - 1) * (LINK + SPACE) + AXIS;
+  const canvas = el("canvas", {tabindex: "0", role: "img", "aria-label":
+    `${plain(pair.phase.name)} ${side}: ${seconds(line.seconds)}, communication exposed for ${seconds(line.exposed_s)}`});
+  canvas.style.height = `${height}px`;
+  const lanes = pair.lanes.map((name, i) => ({
+    name, top: i ? HEAD + LANE + SPACE + (i - 1) * (LINK + SPACE) : HEAD, height: i ? LINK : LANE,
+    events: line.events.filter(e => e.lane === name).sort((a, b) => a.start - b.start)}));
+  const view = {pair, side, line, canvas, height, lanes, idle: idleOf(lanes[0].events, line.seconds), exchange: exchanges(line)};
+  listen(view);
+  return view;
+}
+
+/** Where the compute lane stands still. */
+function idleOf(events, end) {
+  const gaps = [];
+  let at = 0;
+  for (const event of events) {
+    if (event.start - at > end * 1e-6) gaps.push([at, event.start]);
+    at = Math.max(at, event.start + event.seconds);
+  }
+  if (end - at > end * 1e-6) gaps.push([at, end]);
+  return gaps;
+}
+
+/** The collective that an event of a link is. In a folded report several have one name: the layer tells them apart. */
+function exchanges(line) {
+  const known = new Map(line.collectives.map(c => [`${c.layer} ${c.name}`, c]));
+  return event => known.get(`${event.layer} ${event.names[0]}`);
+}
+
+// --- drawing ---
+
+let waiting = false;
+
+function redraw() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => { waiting = false; paintAll(); });
+}
+
+function paintAll() {
+  for (const pair of pairs) for (const view of pair.views) paint(view);
+}
+
+function paint(view) {
+  const {canvas, pair, height} = view, width = canvas.clientWidth, dots = devicePixelRatio || 1;
+  if (!width) return;
+  if (canvas.width !== Math.round(width * dots)) { canvas.width = Math.round(width * dots); canvas.height = Math.round(height * dots); }
+  const c = canvas.getContext("2d");
+  c.setTransform(dots, 0, 0, dots, 0, 0);
+  c.clearRect(0, 0, width, height);
+  const scale = (width - GUTTER - 2) / (pair.to - pair.from), x = s => GUTTER + (s - pair.from) * scale;
+  const chosen = current.at === null ? null : report.layers[current.at].index;
+  axis(c, view, width, x);
+  c.save();
+  c.beginPath(); c.rect(GUTTER, 0, width - GUTTER, height); c.clip();
+  idle(c, view, x);
+  for (const lane of view.lanes) {
+    for (let i = firstAfter(lane.events, pair.from); i < lane.events.length && lane.events[i].start <= pair.to; i++) {
+      const event = lane.events[i], wide = event.seconds * scale, left = x(event.start);
+      c.globalAlpha = chosen === null || event.layer === chosen ? 1 : 0.28;
+      c.fillStyle = colours[partOf(event)];
+      // A hair's breadth between neighbours where there is room for it.
+      c.fillRect(left, lane.top, Math.max(wide - (wide > 4 ? 1 : 0), 0.6), lane.height);
+      if (wide > 34) name(c, event, lane, Math.max(left, GUTTER), Math.min(left + wide, width));
+    }
+    c.globalAlpha = 1;
+    if (chosen !== null) underline(c, lane, chosen, x, pair);
+  }
+  mark(c, view, x(view.line.seconds), colours.ink, []);
+  if (view.side === "after") mark(c, view, x(pair.phase.bound_s), colours.soft, [3, 3]);
+  c.restore();
+}
+
+function name(c, event, lane, left, right) {
+  const part = partOf(event), text = event.layer === null ? "" : lane.height === LANE ? `${event.layer} ${SHORT[part]}` : String(event.layer);
+  c.font = "11px system-ui, sans-serif";
+  c.textBaseline = "middle"; c.textAlign = "left"; c.fillStyle = colours.ground;
+  if (text && c.measureText(text).width < right - left - 8) c.fillText(text, left + 4, lane.top + lane.height / 2 + 0.5);
+}
+
+const SHORT = {attention: "attention", routed: "routed", shared: "shared", mlp: "MLP", none: "", counts: "", dispatch: "", combine: ""};
+
+/** Under the events of the selected layer, so that thin ones are found. */
+function underline(c, lane, chosen, x, pair) {
+  c.fillStyle = colours.accent;
+  for (const event of lane.events) {
+    if (event.layer !== chosen || event.start > pair.to || event.start + event.seconds < pair.from) continue;
+    c.fillRect(x(event.start), lane.top + lane.height + 0.5, Math.max(x(event.start + event.seconds) - x(event.start), 2), 3);
+  }
+}
+
+function idle(c, view, x) {
+  const lane = view.lanes[0];
+  c.fillStyle = colours.idle; c.strokeStyle = colours.idle; c.lineWidth = 1;
+  for (const [from, to] of view.idle) {
+    if (to < view.pair.from || from > view.pair.to) continue;
+    const left = Math.max(x(from), GUTTER - 20), right = Math.min(x(to), view.canvas.clientWidth + 20), wide = right - left;
+    c.globalAlpha = 0.2; c.fillRect(left, lane.top, Math.max(wide, 0.6), lane.height);
+    c.globalAlpha = 1;
+    if (wide < 3) continue;
+    c.save();
+    c.beginPath(); c.rect(left, lane.top, wide, lane.height); c.clip();
+    c.beginPath();
+    for (let at = left - lane.height; at < right; at += 6) { c.moveTo(at, lane.top + lane.height); c.lineTo(at + lane.height, lane.top); }
+    c.stroke(); c.restore();
+  }
+}
+
+function axis(c, view, width, x) {
+  const {pair, lanes, height} = view, step = nice((pair.to - pair.from) / Math.max(2, (width - GUTTER) / 110));
+  c.font = "11px system-ui, sans-serif"; c.textBaseline = "middle"; c.textAlign = "left";
+  lanes.forEach((lane, i) => {
+    c.fillStyle = colours.soft;
+    c.fillText(i === 0 ? "compute" : lanes.length > 2 ? `link ${i}` : "link", 0, lane.top + lane.height / 2);
+    c.fillStyle = colours.line;
+    c.fillRect(GUTTER, lane.top + lane.height, width - GUTTER, 1);
+  });
+  const bottom = height - AXIS;
+  for (let at = Math.ceil(pair.from / step) * step; at <= pair.to; at += step) {
+    c.fillStyle = colours.line; c.fillRect(x(at), HEAD, 1, bottom);
+    c.fillStyle = colours.soft;
+    const text = tick(at, step);
+    if (x(at) + c.measureText(text).width + 4 < width) c.fillText(text, x(at) + 4, bottom + 11);
+  }
+}
+
+function mark(c, view, at, colour, dashes) {
+  c.strokeStyle = colour; c.lineWidth = 1.5; c.setLineDash(dashes);
+  c.beginPath(); c.moveTo(at, 0); c.lineTo(at, view.height - AXIS + 4); c.stroke(); c.setLineDash([]);
+}
+
+function nice(step) {
+  const power = 10 ** Math.floor(Math.log10(step));
+  return power * [1, 2, 5, 10].find(m => m * power >= step);
+}
+
+/** As many decimals as the step needs. */
+function tick(at, step) {
+  const [unit, size] = [["s", 1], ["ms", 1e-3], ["µs", 1e-6], ["ns", 1e-9]].find(([, size]) => step >= size * 0.05) ?? ["ns", 1e-9];
+  return `${(at / size).toFixed(Math.max(0, Math.ceil(-Math.log10(step / size) - 1e-9)))} ${unit}`;
+}
+
+/** The first event that ends after `from`: events of a lane do not overlap. */
+function firstAfter(events, from) {
+  let low = 0, high = events.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (events[middle].start + events[middle].seconds < from) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+
+// --- zoom: of all phases alike ---
+
+function zoom(pair, factor, at) {
+  const span = Math.min(pair.span, Math.max(pair.span / MOST_ZOOM, (pair.to - pair.from) / factor));
+  const share = (at - pair.from) / (pair.to - pair.from);
+  show(pair, at - share * span, at + (1 - share) * span);
+}
+
+function show(pair, from, to) {
+  const span = Math.min(pair.span, to - from);
+  pair.from = Math.min(Math.max(0, from), pair.span - span);
+  pair.to = pair.from + span;
+  redraw();
+}
+
+function zoomAll(factor) {
+  for (const pair of pairs) zoom(pair, factor, (pair.from + pair.to) / 2);
+}
+
+function showAll() {
+  for (const pair of pairs) show(pair, 0, pair.span);
+}
+
+function move(pair, share) {
+  const by = share * (pair.to - pair.from);
+  show(pair, pair.from + by, pair.to + by);
+}
+
+/** The events of a layer, before and after, with some room around them. */
+function zoomToLayer() {
+  if (current.at === null) return;
+  const index = report.layers[current.at].index;
+  for (const pair of pairs) {
+    const own = pair.views.flatMap(v => v.line.events).filter(e => e.layer === index);
+    if (!own.length) continue;
+    const from = Math.min(...own.map(e => e.start)), to = Math.max(...own.map(e => e.start + e.seconds));
+    show(pair, from - (to - from) * 0.15, to + (to - from) * 0.15);
+  }
+}
+
+// --- mouse and keys ---
+
+function listen(view) {
+  const {canvas, pair} = view;
+  const timeAt = event => {
+    const box = canvas.getBoundingClientRect();
+    return pair.from + (event.clientX - box.left - GUTTER) / (box.width - GUTTER - 2) * (pair.to - pair.from);
+  };
+  let drag = null;
+  canvas.addEventListener("wheel", event => {
+    if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) move(pair, event.deltaX / 800);
+    else if (event.ctrlKey || document.activeElement === canvas) zoom(pair, Math.exp(-event.deltaY / 300), timeAt(event));
+    else return;
+    event.preventDefault();
+  }, {passive: false});
+  canvas.addEventListener("pointerdown", event => {
+    drag = {x: event.clientX, from: pair.from, to: pair.to, moved: false};
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener("pointermove", event => {
+    if (drag) {
+      const by = (drag.x - event.clientX) / (canvas.clientWidth - GUTTER) * (drag.to - drag.from);
+      drag.moved ||= Math.abs(drag.x - event.clientX) > 3;
+      if (drag.moved) show(pair, drag.from + by, drag.to + by);
+      hideTip();
+      return;
+    }
+    const found = eventAt(view, event, timeAt(event));
+    canvas.classList.toggle("over", Boolean(found) && layerAt.has(found.layer));
+    if (found) showTip(tipOfEvent(view, found), event.clientX, event.clientY); else hideTip();
+  });
+  canvas.addEventListener("pointerup", event => {
+    const found = drag && !drag.moved ? eventAt(view, event, timeAt(event)) : null;
+    drag = null;
+    if (found && layerAt.has(found.layer)) select(layerAt.get(found.layer), {open: true});
+  });
+  canvas.addEventListener("pointercancel", () => { drag = null; });
+  canvas.addEventListener("pointerleave", hideTip);
+  canvas.addEventListener("keydown", event => {
+    const by = {ArrowLeft: -0.2, ArrowRight: 0.2}[event.key];
+    if (by) { move(pair, by); event.preventDefault(); }
+  });
+}
+
+/** The event under the mouse, or one at most three pixels beside it. */
+function eventAt(view, mouse, time) {
+  const box = view.canvas.getBoundingClientRect(), y = mouse.clientY - box.top;
+  if (mouse.clientX - box.left < GUTTER) return null;
+  const lane = view.lanes.find(l => y >= l.top && y <= l.top + l.height + 3);
+  if (!lane) return null;
+  const near = 3 * (view.pair.to - view.pair.from) / (box.width - GUTTER);
+  const at = firstAfter(lane.events, time);
+  return [lane.events[at], lane.events[at - 1]].find(e => e && e.start - near <= time && time <= e.start + e.seconds + near) ?? null;
+}
+
+function tipOfEvent(view, event) {
+  const collective = event.lane === "compute" ? null : view.exchange(event);
+  return [
+    [placeOf(event), "title"],
+    [plain(event.names.join(", ")), "code"],
+    collective ? `${bytes(collective.bytes)}, ${seconds(collective.seconds)}, exposed ${seconds(collective.exposed_s)}`
+      : seconds(event.seconds),
+    collective?.behind.length && [`behind it: ${plain(collective.behind.join("; "))}`, "soft"],
+    collective?.needed_by && [`needed by ${plain(collective.needed_by)}`, "soft"],
+  ];
+}
+
+function drawLegend() {
+  const used = new Set(report.phases.flatMap(p => [...p.before.events, ...p.after.events]).map(partOf));
+  for (const part of Object.keys(PARTS).filter(p => used.has(p))) {
+    $("legend").append(el("span", {}, el("i", {class: `swatch ${part}`}), PARTS[part]));
+  }
+  $("legend").append(el("span", {}, el("i", {class: "swatch idle"}), "idle: waits for the link"),
+                     el("span", {}, el("i", {class: "swatch bound"}), "bound"));
+}
