@@ -90,6 +90,7 @@ def everything(rank, *, folder):
     return found
 
 
+@pytest.mark.slow
 def test_like_replicated(tmp_path):
     for found in run_ranks(everything, 2, folder=tmp_path):
         assert 0.5 <= found["share"] < 0.53 and found["names"] and found["verified"]

@@ -116,6 +116,6 @@ def every_connectivity(rank, *, families_, exchange):
 @pytest.mark.parametrize("exchange", ["all_to_all", pytest.param("all_reduce", marks=pytest.mark.slow)])
 def test_every_connectivity_with_exchanges(exchange):
     """Rewiring alone, with the exchanges in the graph; openai_privacy_filter breaks without expert parallelism."""
-    chosen = ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "openai_privacy_filter"]
+    chosen = ["deepseek_v3", "gpt_oss", "openai_privacy_filter"]
     for failures in run_ranks(every_connectivity, timeout=500, families_=chosen, exchange=exchange):
         assert failures == []
