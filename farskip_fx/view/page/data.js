@@ -40,19 +40,20 @@ function digits(value) {
   return text.includes("e") ? String(Number(text)) : text;
 }
 
-function scaled(value, units) {
-  const [unit, size] = units.find(([, size]) => value >= size) ?? units[units.length - 1];
+function scaled(value, units, like) {
+  const [unit, size] = units.find(([, size]) => like >= size) ?? units[units.length - 1];
   return `${digits(value / size)} ${unit}`;
 }
 
-function seconds(s) {
+/** `like`: a figure beside it, whose unit it takes. */
+function seconds(s, like = s) {
   if (s === null || s === undefined) return "–";
-  return s < 5e-10 ? "0 s" : scaled(s, [["s", 1], ["ms", 1e-3], ["µs", 1e-6], ["ns", 1e-9]]);
+  return s < 5e-10 ? "0 s" : scaled(s, [["s", 1], ["ms", 1e-3], ["µs", 1e-6], ["ns", 1e-9]], like);
 }
 
 function bytes(n) {
   if (n === null || n === undefined) return "–";
-  return n < 1000 ? `${n} B` : scaled(n, [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]);
+  return n < 1000 ? `${n} B` : scaled(n, [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["kB", 1e3]], n);
 }
 
 // --- elements: text is always text ---

@@ -50,15 +50,15 @@ function exchangePanel(phase, index) {
   const before = own("before"), after = own("after");
   if (!before.length && !after.length) return null;
   const body = paired(before, after).flatMap(([was, now]) => {
-    const one = now ?? was, far = [now?.behind.length ? `behind it: ${now.behind.map(n => plain(n)).join("; ")}` : null,
-      one.needed_by ? `needed by ${plain(one.needed_by)}` : null].filter(Boolean);
+    const one = now ?? was, far = [el("code", {}, plain(one.op)), one.needed_by ? `, needed by ${plain(one.needed_by)}` : "",
+      now?.behind.length ? el("div", {}, `behind it: ${now.behind.map(n => plain(n)).join("; ")}`) : null];
     return [
       el("tr", {}, el("th", {scope: "row"}, el("i", {class: `swatch ${partOf({...one})}`}), plain(one.part || one.kind)),
          el("td", {}, bytes(one.bytes)), el("td", {}, seconds(one.seconds)), el("td", {}, was ? seconds(was.exposed_s) : "–"),
          el("td", {class: "figure"}, now ? seconds(now.exposed_s) : "–"), el("td", {}, seconds(one.free_s))),
-      far.length ? el("tr", {class: "far"}, el("td", {colspan: "6"}, el("code", {}, plain(one.kind)), ...far.map(f => el("div", {}, f)))) : null,
+      el("tr", {class: "far"}, el("td", {colspan: "6"}, far)),
     ];
-  }).filter(Boolean);
+  });
   return el("section", {class: "block"}, el("h4", {}, `Collectives, ${plain(phase.name)}`),
     el("table", {}, el("thead", {}, el("tr", {}, ["", "bytes", "takes", "exposed before", "exposed after", "could hide"]
       .map((text, i) => el("th", {scope: "col", ...(i === 5 ? {title: "seconds of compute that could run meanwhile at most"} : {})}, text)))),
@@ -107,18 +107,18 @@ function card(phase) {
     whole.append(exposed);
     const room = el("div", {class: "room"}, whole);
     if (side === "after") {
-      const bound = el("div", {class: "bound", title: `bound ${seconds(phase.bound_s)}`});
+      const bound = el("div", {class: "bound", title: `bound ${seconds(phase.bound_s, phase.before.seconds)}`});
       bound.style.left = `${100 * phase.bound_s / most}%`;
       room.append(bound);
     }
-    return el("tr", {class: side}, el("th", {scope: "row"}, side), el("td", {class: "time"}, seconds(line.seconds)),
-      el("td", {class: "bars", "aria-hidden": "true"}, room), el("td", {}, seconds(line.exposed_s)), el("td", {}, bytes(line.peak_bytes)));
+    return el("tr", {class: side}, el("th", {scope: "row"}, side), el("td", {class: "time"}, seconds(line.seconds, phase.before.seconds)),
+      el("td", {class: "bars", "aria-hidden": "true"}, room), el("td", {}, seconds(line.exposed_s, phase.before.seconds)), el("td", {}, bytes(line.peak_bytes)));
   };
   return el("section", {class: "card"},
     el("table", {}, el("thead", {}, el("tr", {}, el("th", {scope: "col", class: "phase-name"}, plain(phase.name)),
-        el("th", {scope: "col"}, "predicted"), el("td", {}), el("th", {scope: "col"}, "exposed"), el("th", {scope: "col"}, "peak memory"))),
+        el("th", {scope: "col"}, "predicted"), el("td", {}), el("th", {scope: "col"}, "exposed"), el("th", {scope: "col"}, report.folded ? "peak, traced layers" : "peak memory"))),
       el("tbody", {}, bar("before"), bar("after"))),
-    el("p", {class: "bound-words"}, "bound ", el("b", {}, seconds(phase.bound_s)), ": no order of the rewired graph is faster",
+    el("p", {class: "bound-words"}, "bound ", el("b", {}, seconds(phase.bound_s, phase.before.seconds)), ": no order of the rewired graph is faster",
        phase.reason ? `; the order stayed: ${plain(phase.reason)}` : ""));
 }
 
@@ -161,15 +161,9 @@ function drawMore() {
       el("p", {}, "Ranks whose options or list of collectives differ would wait for each other without end."),
       list(Object.entries(options).map(([k, v]) => [k, value(v)])),
       el("h4", {}, "Collectives of the traced graph, in their order"),
-      collectives.length ? el("ol", {class: "agreed"}, inRuns(collectives.map(c => c.text)).map(([from, text]) =>
-        el("li", {value: from + 1}, plain(text)))) : el("p", {class: "soft"}, "none: nothing is exchanged between ranks in this graph")),
+      collectives.length ? el("ol", {class: "agreed"}, collectives.map(c => el("li", {}, plain(c.text)))) : el("p", {class: "soft"}, "none: nothing is exchanged between ranks in this graph")),
     fold("Counts, and the time that the passes took", false,
       list(Object.entries(counts).map(([k, v]) => [k.replaceAll("_", " "), value(v)])),
       list(Object.entries(report.seconds).map(([k, s]) => [k, seconds(s)]))),
   ].filter(Boolean));
-}
-
-/** Each text with its position. */
-function inRuns(texts) {
-  return texts.map((text, i) => [i, text]);
 }

@@ -4,9 +4,9 @@
 // read is a line from somewhere between contribution p-1 and p. A routed contribution comes after the shared one of its
 // block: what reads "without the routed experts" starts between the two.
 
-const SIDE = 400, LEFT = 58, BOX = 128, BOX_WIDTH = 92, CHANNEL = {attention: 80, other: 98};
-const LABEL = BOX + BOX_WIDTH + 12, LETTERS = 27;
-const BOX_HEIGHT = 22, PART_HEIGHT = 19, GAP = 9, LAYER_GAP = 12, TOP = 26;
+const WIDTH = 800, AFTER = 290, LEFT = 58, BOX = 128, BOX_WIDTH = 96, CHANNEL = {attention: 80, other: 98};
+const LABEL = BOX + BOX_WIDTH + 14, LETTERS = 38;
+const BOX_HEIGHT = 22, PART_HEIGHT = 19, GAP = 9, LAYER_GAP = 16, TOP = 26;
 
 const track = layOut();
 
@@ -87,11 +87,11 @@ function drawStream() {
       ? `There is no stream to draw: ${plain(report.unchanged.text, 1000)}` : "There is no stream to draw: no layers were found."));
     return;
   }
-  const picture = svg("svg", {width: 2 * SIDE, height: track.height, viewBox: `0 0 ${2 * SIDE} ${track.height}`,
+  const picture = svg("svg", {width: WIDTH, height: track.height, viewBox: `0 0 ${WIDTH} ${track.height}`,
                               role: "presentation"});
   const bands = svg("g"), lines = svg("g"), hits = svg("g");
   picture.append(svg("defs", {}, arrowHead("tip-plain"), arrowHead("tip-changed"), hatch()), bands, lines, hits);
-  for (const [side, x] of [["was", 0], ["now", SIDE]]) {
+  for (const [side, x] of [["was", 0], ["now", AFTER]]) {
     const all = svg("g", {transform: `translate(${x} 0)`, class: side});
     // Adjacent states first, so that changed reads lie over them.
     all.append(svg("line", {class: "track", x1: LEFT, x2: LEFT, y1: TOP - 14, y2: track.height - 8}));
@@ -108,8 +108,8 @@ function drawStream() {
     const state = layer.refused_code ? "refused" : layer.rewired ? "rewired" : "same";
     const row = svg("g", {id: `layer-${at}`, class: `layer ${state}`, role: "option", "aria-selected": "false",
                           "aria-label": spoken(layer)},
-      svg("rect", {class: "band", x: 4, y: top, width: 2 * SIDE - 8, height: bottom - top, rx: 6}),
-      ...[0, SIDE].map(x => svg("text", {class: "number", x: x + 32, y: top + 21}, String(layer.index))), remark(layer, top));
+      svg("rect", {class: "band", x: 4, y: top, width: WIDTH - 8, height: bottom - top, rx: 6}),
+      ...[0, AFTER].map(x => svg("text", {class: "number", x: x + 32, y: top + 21}, String(layer.index))), remark(layer, top));
     bands.append(row);
     rowsOfStream.push(row);
   }
@@ -180,7 +180,7 @@ function remark(layer, top) {
     : layer.rewired || named() ? "" : "as the model has it";
   const named_ = typeof report.options.connectivity === "object" && !layer.refused_code && layer.requested
     ? layer.connectivity : "";
-  return text || named_ ? svg("text", {class: "remark", x: SIDE + LABEL, y: top + 21 + (layer.rewired ? 26 : 0)},
+  return text || named_ ? svg("text", {class: "remark", x: AFTER + LABEL, y: top + 21 + (layer.rewired ? 26 : 0)},
                               plain(text || named_, LETTERS)) : null;
 }
 
@@ -207,13 +207,13 @@ function spoken(layer) {
 
 function inPicture(event) {
   const box = $("stream").firstElementChild.getBoundingClientRect();
-  const zoom = box.width / (2 * SIDE);
+  const zoom = box.width / WIDTH;
   return {x: (event.clientX - box.left) / zoom, y: (event.clientY - box.top) / zoom};
 }
 
 function layerUnder(event) {
   const {x, y} = inPicture(event);
-  if (x < 0 || x > 2 * SIDE) return null;
+  if (x < 0 || x > WIDTH) return null;
   const at = track.layers.findIndex(entry => y >= entry.top && y < entry.bottom);
   return at < 0 ? null : at;
 }
@@ -222,7 +222,7 @@ function tipOf(event, at) {
   const {x, y} = inPicture(event), {layer, blocks} = track.layers[at];
   const block = blocks.find(b => y >= b.y && y < b.y + b.height + GAP);
   if (!block) return [[`layer ${layer.index}`, "title"], layer.label && [plain(layer.label), "code"]];
-  const {found, read} = block, now = x >= SIDE;
+  const {found, read} = block, now = x >= AFTER;
   const edges = now && found ? layer.changes.filter(c => c.block === block.name) : [];
   return [
     [`layer ${layer.index} ${plain(block.name)}`, "title"],

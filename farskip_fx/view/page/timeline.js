@@ -1,7 +1,7 @@
-// Predicted timelines: one canvas each, compute lane and one lane a link; before and after of a phase share their scale.
+// Predicted timelines: one canvas each, compute lane and one lane a link. Before and after of a phase share their scale and
+// move together; zoomed to a layer each shows that layer, so one is then ahead of the other by its `shift`.
 
 const GUTTER = 76, LANE = 30, LINK = 20, SPACE = 5, AXIS = 20, HEAD = 4, MOST_ZOOM = 2e4;
-const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 const pairs = report.phases.map(phase => {
   const lanes = ["compute", ...new Set([...phase.before.events, ...phase.after.events].map(e => e.lane).filter(l => l !== "compute"))];
@@ -31,11 +31,11 @@ function drawTimelines() {
   for (const pair of pairs) {
     const figure = el("div", {class: "phase"}, el("h3", {}, plain(pair.phase.name)));
     for (const side of ["before", "after"]) {
-      const view = makeView(pair, side);
+      const view = makeView(pair, side), like = pair.phase.before.seconds;
       pair.views.push(view);
       figure.append(el("div", {class: "view"}, el("div", {class: "caption"}, el("strong", {}, side === "before" ? "before" : "after"),
-        el("span", {}, seconds(pair.phase[side].seconds)),
-        el("span", {}, `exposed ${seconds(pair.phase[side].exposed_s)}`)), view.canvas));
+        el("span", {}, seconds(pair.phase[side].seconds, like)),
+        el("span", {}, `exposed ${seconds(pair.phase[side].exposed_s, like)}`)), view.canvas));
     }
     frame.append(figure);
   }
@@ -52,8 +52,11 @@ function makeView(pair, side) {
   canvas.style.height = `${height}px`;
   const lanes = pair.lanes.map((name, i) => ({
     name, top: i ? HEAD + LANE + SPACE + (i - 1) * (LINK + SPACE) : HEAD, height: i ? LINK : LANE,
-    events: line.events.filter(e => e.lane === name).sort((a, b) => a.start - b.start)}));
-  const view = {pair, side, line, canvas, height, lanes, idle: idleOf(lanes[0].events, line.seconds), exchange: exchanges(line)};
+    events: line.events.filter(e => e.lane === name).sort((a, b) => a.start - b.start), byLayer: new Map()}));
+  for (const {events, byLayer} of lanes) {
+    for (const event of events) byLayer.has(event.layer) ? byLayer.get(event.layer).push(event) : byLayer.set(event.layer, [event]);
+  }
+  const view = {pair, side, line, canvas, height, lanes, shift: 0, idle: idleOf(lanes[0].events, line.seconds), exchange: exchanges(line)};
   listen(view);
   return view;
 }
@@ -93,31 +96,59 @@ function paintAll() {
 function paint(view) {
   const {canvas, pair, height} = view, width = canvas.clientWidth, dots = devicePixelRatio || 1;
   if (!width) return;
-  if (canvas.width !== Math.round(width * dots)) { canvas.width = Math.round(width * dots); canvas.height = Math.round(height * dots); }
-  const c = canvas.getContext("2d");
-  c.setTransform(dots, 0, 0, dots, 0, 0);
+  const [from, to] = shown(view), scale = (width - GUTTER - 2) / (to - from), x = s => GUTTER + (s - from) * scale;
+  const all = pictureOf(view, width, dots, from, to, scale, x);
+  if (canvas.width !== all.width || canvas.height !== all.height) { canvas.width = all.width; canvas.height = all.height; }
+  const c = scaledContext(canvas, dots);
   c.clearRect(0, 0, width, height);
-  const scale = (width - GUTTER - 2) / (pair.to - pair.from), x = s => GUTTER + (s - pair.from) * scale;
-  const chosen = current.at === null ? null : report.layers[current.at].index;
-  axis(c, view, width, x);
-  c.save();
+  c.drawImage(all, 0, 0, width, height);
   c.beginPath(); c.rect(GUTTER, 0, width - GUTTER, height); c.clip();
-  idle(c, view, x);
-  for (const lane of view.lanes) {
-    for (let i = firstAfter(lane.events, pair.from); i < lane.events.length && lane.events[i].start <= pair.to; i++) {
-      const event = lane.events[i], wide = event.seconds * scale, left = x(event.start);
-      c.globalAlpha = chosen === null || event.layer === chosen ? 1 : 0.28;
-      c.fillStyle = colours[partOf(event)];
-      // A hair's breadth between neighbours where there is room for it.
-      c.fillRect(left, lane.top, Math.max(wide - (wide > 4 ? 1 : 0), 0.6), lane.height);
-      if (wide > 34) name(c, event, lane, Math.max(left, GUTTER), Math.min(left + wide, width));
-    }
+  if (current.at !== null) {
+    const index = report.layers[current.at].index, own = view.lanes.map(l => l.byLayer.get(index) ?? []);
+    c.globalAlpha = 0.7; c.fillStyle = colours.ground;
+    c.fillRect(GUTTER, HEAD, width - GUTTER, height - HEAD - AXIS);
     c.globalAlpha = 1;
-    if (chosen !== null) underline(c, lane, chosen, x, pair);
+    view.lanes.forEach((lane, i) => { bars(c, lane, own[i], x, scale, width); underline(c, lane, own[i], x); });
   }
   mark(c, view, x(view.line.seconds), colours.ink, []);
   if (view.side === "after") mark(c, view, x(pair.phase.bound_s), colours.soft, [3, 3]);
-  c.restore();
+}
+
+/** Everything but the selection, kept until something else than the selection changes. */
+function pictureOf(view, width, dots, from, to, scale, x) {
+  const key = [width, dots, from, to, colours.ground].join();
+  if (view.kept?.key === key) return view.kept.picture;
+  const picture = view.kept?.picture ?? document.createElement("canvas");
+  picture.width = Math.round(width * dots); picture.height = Math.round(view.height * dots);
+  const c = scaledContext(picture, dots);
+  axis(c, view, width, x);
+  c.beginPath(); c.rect(GUTTER, 0, width - GUTTER, view.height); c.clip();
+  idle(c, view, x);
+  for (const lane of view.lanes) {
+    let end = firstAfter(lane.events, from);
+    const start = end;
+    while (end < lane.events.length && lane.events[end].start <= to) end++;
+    bars(c, lane, lane.events.slice(start, end), x, scale, width);
+  }
+  view.kept = {key, picture};
+  return picture;
+}
+
+function scaledContext(canvas, dots) {
+  const c = canvas.getContext("2d");
+  c.reset();
+  c.setTransform(dots, 0, 0, dots, 0, 0);
+  return c;
+}
+
+function bars(c, lane, events, x, scale, width) {
+  for (const event of events) {
+    const wide = event.seconds * scale, left = x(event.start);
+    c.fillStyle = colours[partOf(event)];
+    // A hair's breadth between neighbours where there is room for it.
+    c.fillRect(left, lane.top, Math.max(wide - (wide > 4 ? 1 : 0), 0.6), lane.height);
+    if (wide > 34) name(c, event, lane, Math.max(left, GUTTER), Math.min(left + wide, width));
+  }
 }
 
 function name(c, event, lane, left, right) {
@@ -130,23 +161,22 @@ function name(c, event, lane, left, right) {
 const SHORT = {attention: "attention", routed: "routed", shared: "shared", mlp: "MLP", none: "", counts: "", dispatch: "", combine: ""};
 
 /** Under the events of the selected layer, so that thin ones are found. */
-function underline(c, lane, chosen, x, pair) {
+function underline(c, lane, events, x) {
   c.fillStyle = colours.accent;
-  for (const event of lane.events) {
-    if (event.layer !== chosen || event.start > pair.to || event.start + event.seconds < pair.from) continue;
+  for (const event of events) {
     c.fillRect(x(event.start), lane.top + lane.height + 0.5, Math.max(x(event.start + event.seconds) - x(event.start), 2), 3);
   }
 }
 
 function idle(c, view, x) {
-  const lane = view.lanes[0];
+  const lane = view.lanes[0], [begin, end] = shown(view);
   c.fillStyle = colours.idle; c.strokeStyle = colours.idle; c.lineWidth = 1;
   for (const [from, to] of view.idle) {
-    if (to < view.pair.from || from > view.pair.to) continue;
+    if (to < begin || from > end) continue;
     const left = Math.max(x(from), GUTTER - 20), right = Math.min(x(to), view.canvas.clientWidth + 20), wide = right - left;
-    c.globalAlpha = 0.2; c.fillRect(left, lane.top, Math.max(wide, 0.6), lane.height);
+    c.globalAlpha = wide < 12 ? 0.4 : 0.16; c.fillRect(left, lane.top, Math.max(wide, 0.6), lane.height);
     c.globalAlpha = 1;
-    if (wide < 3) continue;
+    if (wide < 12) continue;
     c.save();
     c.beginPath(); c.rect(left, lane.top, wide, lane.height); c.clip();
     c.beginPath();
@@ -156,7 +186,7 @@ function idle(c, view, x) {
 }
 
 function axis(c, view, width, x) {
-  const {pair, lanes, height} = view, step = nice((pair.to - pair.from) / Math.max(2, (width - GUTTER) / 110));
+  const {lanes, height} = view, [from, to] = shown(view), step = nice((to - from) / Math.max(2, (width - GUTTER) / 110));
   c.font = "11px system-ui, sans-serif"; c.textBaseline = "middle"; c.textAlign = "left";
   lanes.forEach((lane, i) => {
     c.fillStyle = colours.soft;
@@ -165,7 +195,7 @@ function axis(c, view, width, x) {
     c.fillRect(GUTTER, lane.top + lane.height, width - GUTTER, 1);
   });
   const bottom = height - AXIS;
-  for (let at = Math.ceil(pair.from / step) * step; at <= pair.to; at += step) {
+  for (let at = Math.ceil(Math.max(from, 0) / step) * step; at <= to; at += step) {
     c.fillStyle = colours.line; c.fillRect(x(at), HEAD, 1, bottom);
     c.fillStyle = colours.soft;
     const text = tick(at, step);
@@ -201,6 +231,11 @@ function firstAfter(events, from) {
 
 // --- zoom: of all phases alike ---
 
+function shown(view) {
+  return [view.pair.from + view.shift, view.pair.to + view.shift];
+}
+
+/** `at`: what stays where it is. */
 function zoom(pair, factor, at) {
   const span = Math.min(pair.span, Math.max(pair.span / MOST_ZOOM, (pair.to - pair.from) / factor));
   const share = (at - pair.from) / (pair.to - pair.from);
@@ -219,7 +254,10 @@ function zoomAll(factor) {
 }
 
 function showAll() {
-  for (const pair of pairs) show(pair, 0, pair.span);
+  for (const pair of pairs) {
+    for (const view of pair.views) view.shift = 0;
+    show(pair, 0, pair.span);
+  }
 }
 
 function move(pair, share) {
@@ -227,15 +265,20 @@ function move(pair, share) {
   show(pair, pair.from + by, pair.to + by);
 }
 
-/** The events of a layer, before and after, with some room around them. */
+/** The events of a layer with some room around them, each side's in its middle. */
 function zoomToLayer() {
   if (current.at === null) return;
   const index = report.layers[current.at].index;
   for (const pair of pairs) {
-    const own = pair.views.flatMap(v => v.line.events).filter(e => e.layer === index);
-    if (!own.length) continue;
-    const from = Math.min(...own.map(e => e.start)), to = Math.max(...own.map(e => e.start + e.seconds));
-    show(pair, from - (to - from) * 0.15, to + (to - from) * 0.15);
+    const ranges = pair.views.map(view => {
+      const own = view.line.events.filter(e => e.layer === index);
+      return [Math.min(...own.map(e => e.start)), Math.max(...own.map(e => e.start + e.seconds))];
+    });
+    if (!ranges.every(([from, to]) => from < to)) continue;
+    const [before, after] = ranges.map(([from, to]) => (from + to) / 2);
+    const span = Math.min(pair.span, 1.3 * Math.max(...ranges.map(([from, to]) => to - from)));
+    show(pair, before - span / 2, before + span / 2);
+    pair.views[1].shift = span < pair.span ? after - before : 0;
   }
 }
 
@@ -245,12 +288,12 @@ function listen(view) {
   const {canvas, pair} = view;
   const timeAt = event => {
     const box = canvas.getBoundingClientRect();
-    return pair.from + (event.clientX - box.left - GUTTER) / (box.width - GUTTER - 2) * (pair.to - pair.from);
+    return shown(view)[0] + (event.clientX - box.left - GUTTER) / (box.width - GUTTER - 2) * (pair.to - pair.from);
   };
   let drag = null;
   canvas.addEventListener("wheel", event => {
     if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) move(pair, event.deltaX / 800);
-    else if (event.ctrlKey || document.activeElement === canvas) zoom(pair, Math.exp(-event.deltaY / 300), timeAt(event));
+    else if (event.ctrlKey || document.activeElement === canvas) zoom(pair, Math.exp(-event.deltaY / 300), timeAt(event) - view.shift);
     else return;
     event.preventDefault();
   }, {passive: false});
