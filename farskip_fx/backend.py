@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import frame, inner, marker
+from .artifacts import Shown, nobody
 from .config import FarskipConfig, merge
 from .connectivity import DENSE, ask
 from .data_parallel import average_gradients
@@ -58,22 +59,29 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     config = _settle(options, marked, where.saved)
     report = Report(graph=where.name, config=config, marked=marked is not None, nodes=len(gm.graph.nodes))
     record(report)
+    shown = Shown(report, example_inputs)
     if config.names or config.overlap and config.inner != "eager":      # without overlap exchanges may run twice
         with _timed(report, "checkpointing"):
             report.checkpoints = inline_checkpoints(gm, gradients=torch.is_grad_enabled())
     if config.names:
-        _rewire(gm, config, report, where)
+        _rewire(gm, config, report, where, shown.graph)
     if config.data_parallel is not None:
         report.buckets = average_gradients(gm, example_inputs, config.data_parallel, paused=where.is_paused(config.data_parallel))
+        shown.graph("after_data_parallel", gm)
     gm.recompile()
-    return inner.compile(gm, example_inputs, config=config, mode=mode, report=report)
+    compiled = inner.compile(gm, example_inputs, config=config, mode=mode, report=report, shown=shown)
+    shown.report()
+    return compiled
 
 
-def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame.Frame) -> None:
+def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame.Frame,
+            show: Callable[[str, GraphModule], None] = nobody) -> None:
+    show("before_normalize", gm)
     if report.checkpoints.refused is not None:
         return _leave(report, where, gm, report.checkpoints.refused, part=True)
     with _timed(report, "normalize"):
         report.functionalized = normalize(gm.graph).functionalized
+    show("after_normalize", gm)
     with _timed(report, "residual"):
         streams = find_streams(gm.graph, busy=is_busy)
     if isinstance(streams, NoStream):
@@ -107,11 +115,13 @@ def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame
     with _timed(report, "rewire"):
         result = rewire(gm.graph, blocks, **plan)
     report.rewired = result
+    show("after_rewire", gm)
     if config.overlap and config.inner != "eager":
         with _timed(report, "split"):
             calls = [node for layer, done in zip(blocks.layers, result.layers) if done.rewired and layer.mlp.exchange
                      for block in layer.leading for node in blocks.flow.members(block.contribution.branch)]
             report.split = split_attention(gm.graph, calls, parts=config.attention_parts).calls
+        show("after_split", gm)
     if result.refused:
         _refuse(config, RefusedError, f"connectivity {config.connectivity!r} cannot be applied: {result.refusals}. Choose other "
                 "layers or another connectivity, or pass strict=False to leave these layers as they are")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch.fx import GraphModule
 
 from .agreement import collectives_of
+from .artifacts import Shown
 from .config import FarskipConfig
 from .errors import ConfigError
 from .passes._torch import aot_eager, compile_fx, mode_options
@@ -13,8 +14,8 @@ from .report import Report
 
 
 def compile(gm: GraphModule, example_inputs: list, *, config: FarskipConfig, mode: str | None,
-            report: Report) -> Callable:
-    """Hand ``gm`` to the inner compiler that ``config.inner`` names."""
+            report: Report, shown: Shown | None = None) -> Callable:
+    """Hand ``gm`` to the inner compiler that ``config.inner`` names. ``shown`` gets to see what that makes of it."""
     if mode is not None and config.inner != "inductor":
         raise ConfigError(f"mode={mode!r} is Inductor's; inner={config.inner!r} takes none")
     report.collectives = collectives_of(gm)
@@ -23,7 +24,7 @@ def compile(gm: GraphModule, example_inputs: list, *, config: FarskipConfig, mod
     if config.inner == "aot_eager":
         return aot_eager(gm, example_inputs)
     from .overlap import inductor_patches
-    patches = {**_options(mode), **inductor_patches(config, report)}
+    patches = {**_options(mode), **inductor_patches(config, report, shown)}
     compiled = compile_fx(gm, example_inputs, config_patches=patches)
     # AOTAutograd swallows what fails while it compiles a backward during the forward, and tries again later.
     if config.strict and report.errors:

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch.fx import GraphModule
+
 from .passes import _torch, fence
 from .passes.costs import Rates
 from .passes.early_means import launch_means_early
@@ -23,6 +25,7 @@ from .passes.prefetch import prefetch
 from .passes.schedule import Schedule, schedule
 
 if TYPE_CHECKING:
+    from .artifacts import Shown
     from .config import FarskipConfig
     from .report import Report
 
@@ -31,8 +34,8 @@ _SOURCES = ("_torch.py", "costs.py", "dataflow.py", "early_means.py", "fence.py"
             "schedule.py", "simulate.py")
 
 
-def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]:
-    """Inductor's settings for one compile with ``config``. What the passes find goes into ``report``.
+def inductor_patches(config: FarskipConfig, report: Report, shown: Shown | None = None) -> dict[str, object]:
+    """Inductor's settings for one compile with ``config``. What the passes find goes into ``report``; ``shown`` sees graphs.
 
     A pass raises where it fails. AOTAutograd swallows that while it compiles a backward during the forward, so the
     error is also kept in ``report.errors``, for the backend to raise under ``strict``.
@@ -42,13 +45,15 @@ def inductor_patches(config: FarskipConfig, report: Report) -> dict[str, object]
         theirs = bool(_torch.inductor_setting("reorder_for_compute_comm_overlap"))
         check = FarskipVerify(json.dumps({"source": _source(), "launches": not theirs}), on_error=report.errors.append)
         return {"_post_fusion_custom_pass": after_users(_torch.inductor_setting("_post_fusion_custom_pass"), check)}
-    return overlap_patches(config.rates or Rates(), on_schedule=report.schedules.append, on_error=report.errors.append)
+    return overlap_patches(config.rates or Rates(), on_schedule=report.schedules.append, on_error=report.errors.append,
+                           on_graph=shown.schedule if shown else None, uuid_extra=shown.uuid if shown else "")
 
 
 def overlap_patches(rates: Rates, *, max_memory: int | None = None, uuid_extra: str = "",
                     on_schedule: Callable[[Schedule], None] | None = None,
                     on_fence: Callable[[fence.Fenced], None] | None = None,
-                    on_error: Callable[[Exception], None] | None = None) -> dict[str, object]:
+                    on_error: Callable[[Exception], None] | None = None,
+                    on_graph: Callable[[str, GraphModule], None] | None = None) -> dict[str, object]:
     """Schedule and fence as Inductor settings, after the user's own passes, with all else off that moves collectives.
 
     Args:
@@ -58,11 +63,12 @@ def overlap_patches(rates: Rates, *, max_memory: int | None = None, uuid_extra: 
         on_schedule: called for each graph that is compiled, and not for one from the cache.
         on_fence: likewise, before fusion; and after it, if something had to be repaired.
         on_error: called with an exception of a pass, before the pass raises it.
+        on_graph: called with "before" or "after" and a graph that is scheduled.
     """
     spec = json.dumps({"rates": asdict(rates), "max_memory": max_memory, "extra": uuid_extra, "source": _source()},
                       sort_keys=True)
     ours = {
-        "post_grad_custom_post_pass": FarskipSchedule(spec, on_schedule, on_error),
+        "post_grad_custom_post_pass": FarskipSchedule(spec, on_schedule, on_error, on_graph),
         "_pre_fusion_custom_pass": FarskipFence(spec, on_fence, on_error),
         "_post_fusion_custom_pass": FarskipVerify(spec, on_fence, on_error),
     }
@@ -75,8 +81,9 @@ class _Pass:
     """Common to the three passes. Inductor hashes some settings by pickling them, so what is pickled is ``spec`` alone:
     the callbacks do not change the code."""
 
-    def __init__(self, spec: str, on_result: Callable | None = None, on_error: Callable | None = None) -> None:
-        self._spec, self._on_result, self._on_error = spec, on_result, on_error
+    def __init__(self, spec: str, on_result: Callable | None = None, on_error: Callable | None = None,
+                 on_graph: Callable[[str, GraphModule], None] | None = None) -> None:
+        self._spec, self._on_result, self._on_error, self._on_graph = spec, on_result, on_error, on_graph
 
     def uuid(self) -> str:
         return f"{type(self).__name__}:{hashlib.sha256(self._spec.encode()).hexdigest()}"
@@ -87,6 +94,10 @@ class _Pass:
     def _tell(self, result) -> None:
         if self._on_result is not None:
             self._on_result(result)
+
+    def _show(self, when: str, graph) -> None:
+        if self._on_graph is not None:
+            self._on_graph(when, graph.owning_module)
 
     @contextmanager
     def _errors_told(self) -> Iterator[None]:
@@ -104,9 +115,11 @@ class FarskipSchedule(_Pass, _GraphPass):
     def __call__(self, graph) -> None:
         spec = json.loads(self._spec)
         with self._errors_told():
+            self._show("before", graph)
             prefetch(graph)
             launch_means_early(graph)
             self._tell(schedule(graph, rates=Rates(**spec["rates"]), max_memory=spec["max_memory"]))
+            self._show("after", graph)
 
 
 class FarskipFence(_Pass, _SchedulerPass):

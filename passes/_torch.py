@@ -409,3 +409,22 @@ def fake_store():
     """The store of ``init_process_group("fake")`` (2.1); importing it registers that backend."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     return FakeStore()
+
+
+# --- what others look at: farskip_fx/artifacts.py, farskip_fx/dumps.py -------------------------------------------
+from torch._logging import trace_structured  # noqa: E402  2.3: what tlparse reads; asks for a payload only if it is written
+
+
+def trace_artifact(name: str, payload, *, encoding: str = "string") -> None:
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def readable(gm) -> str:
+    """A graph as Dynamo and Inductor show theirs, with what ``rewire`` noted at its reads (``additional_meta``: 2.13)."""
+    return gm.print_readable(print_output=False, include_stride=True, include_device=True, additional_meta=["farskip"])
+
+
+def module_of_op(name: str) -> str | None:
+    """The module that registers ``namespace::op`` with ``torch.library.custom_op`` (2.4), for it to be imported."""
+    from torch._library.custom_ops import OPDEFS
+    return OPDEFS[name]._init_fn.__module__ if name in OPDEFS else None

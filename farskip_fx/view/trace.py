@@ -44,7 +44,7 @@ def trace(report: dict, measured: dict | str | Path | None = None, *, counted: s
         raise ValueError(f"counted={counted!r} is not one of 'before', 'after', 'measured'")
     if counted != "measured":
         events = [_uncounted(e) for e in events]
-    return {"distributedInfo": {"backend": "nccl", "rank": report["rank"]}, "schemaVersion": 1, **_about(theirs),
+    return {"distributedInfo": {"rank": report["rank"]}, "schemaVersion": 1, **_about(theirs),
             "farskip_fx": {"summary": report["summary"], "model": report["model"], "graph": report["graph"]},
             "traceEvents": [*events, *_predicted(report, counted, pid=_first_free_pid(events), origin=_origin(events))]}
 
@@ -63,8 +63,8 @@ def _predicted(report: dict, counted: str, *, pid: int, origin: float) -> Iterat
 
 def _process(name: str, timeline: dict, *, pid: int, origin: float, counted: bool) -> Iterator[dict]:
     yield _named("process_name", pid, origin, name=name)
-    yield _named("process_labels", pid, origin, labels=f"{timeline['seconds'] * 1e3:.3f} ms, {timeline['exposed_s'] * 1e3:.3f} ms "
-                 f"exposed, peak {timeline['peak_bytes'] / 2 ** 20:.1f} MiB")
+    yield _named("process_labels", pid, origin, labels=f"{timeline['seconds'] * 1e3:.3f} ms, {timeline['exposed_s'] * 1e3:.3f} "
+                 f"ms exposed, peak {timeline['peak_bytes'] / 2 ** 20:.1f} MiB")
     yield _named("process_sort_index", pid, origin, sort_index=pid)
     lanes = sorted({e["lane"] for e in timeline["events"]} | {"compute"}, key=lambda lane: (lane != "compute", lane))
     threads = {lane: number for number, lane in enumerate(lanes, 1)}
@@ -73,7 +73,7 @@ def _process(name: str, timeline: dict, *, pid: int, origin: float, counted: boo
         yield _named("thread_sort_index", pid, origin, thread, sort_index=thread)
     exchanges = {(c["name"], c["layer"]): c for c in timeline["collectives"]}
     for event in timeline["events"]:
-        # Whole microseconds: what has fractions Holistic Trace Analysis rounds inwards, and short kernels end before they start.
+        # Whole microseconds: Holistic Trace Analysis rounds fractions inwards, and short kernels would end before they start.
         start, end = _microseconds(event["start"]), _microseconds(event["start"] + event["seconds"])
         stream = {"stream": threads[event["lane"]]} if counted else {}
         name, about = _compute(event) if event["lane"] == "compute" else _exchange(event, exchanges)
@@ -130,8 +130,8 @@ def _is_kernel(event: dict) -> bool:
 
 
 def _uncounted(event: dict) -> dict:
-    args = {("measured stream" if k == "stream" else k): v for k, v in event.get("args", {}).items()}
-    return {**event, **({"args": args} if args else {}), "name": str(event.get("name")).replace("ProfilerStep", "Profiler step ")}
+    args = {("measured stream" if key == "stream" else key): value for key, value in event.get("args", {}).items()}
+    return {**event, "args": args, "name": event["name"].replace("ProfilerStep", "Profiler step ")}
 
 
 def _about(theirs: dict) -> dict:
