@@ -4,9 +4,10 @@ Ranks that run different graphs wait for each other until a timeout, or worse, e
 together. Nothing is compared while a model is compiled: ranks compile at different times, and a collective there would
 hang. Call `check_agreement()` after the first step, on every rank; it costs one small collective.
 
-What must be equal in the latest compile of each graph: its connectivity and options, which layers were rewired, and the
-sequence of its collectives: what they are, over which ranks, element type and sizes. A size that is not known to the
-compiler matches any other, and so do the rows of an exchange between experts, which are as many as the router says.
+What must be equal in the latest compile of each graph: its connectivity and options, which layers were rewired and what
+they read, and the sequence of its collectives: what they are, over which ranks, element type and sizes. A size that is not
+known to the compiler matches any other, and so do the rows of an exchange between experts, which are as many as the router
+says. Of schedules, where both ranks made one (a rank that found its graph in Inductor's cache has none), the order of launches.
 """
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ def check_agreement(what: Report | Sequence[Report] | nn.Module | None = None,
     # Most ranks are right: what the largest number has is the reference.
     kinds: dict[str, list[int]] = {}
     for rank, own in programs.items():
-        kind = repr([(found, [call._replace(ranks=()) for call in calls]) for found, calls in own])
+        kind = repr([({**found, "launches": None}, [call._replace(ranks=()) for call in calls]) for found, calls in own])
         kinds.setdefault(kind, []).append(rank)
     reference = max(kinds.values(), key=len)[0]
     for rank in ranks:
@@ -118,9 +119,7 @@ def _programs(what) -> list[tuple[dict[str, object], list[Collective]]]:
     if isinstance(what, Report):
         reports = [what]
     elif what is None or isinstance(what, nn.Module):
-        reports = last_reports()
-        own = {m.forward.config for m in what.modules() if hasattr(m.forward, "config")} if what is not None else None
-        reports = [r for r in reports if own is None or r.config in own]
+        reports = last_reports(what)
     else:
         reports = list(what)
     latest: dict[str, tuple] = {}
@@ -129,7 +128,10 @@ def _programs(what) -> list[tuple[dict[str, object], list[Collective]]]:
             options = {**report.config.to_dict(), "data_parallel": report.config.data_parallel is not None}
             del options["strict"]
             found = {"name": report.graph, **options, "layers found": len(report.layers),
-                     "layers rewired": [layer.index for layer in report.layers if layer.rewired]}
+                     "layers rewired": [layer.index for layer in report.layers if layer.rewired],
+                     "reads": [f"layer {x.index}: {x.attention_reads}; {x.mlp_reads}" for x in report.layers],
+                     "launches": [f"{c.op} ({c.block or 'no'} block of layer {c.layer})" for p in report.phases
+                                  for c in sorted(p.after.collectives, key=lambda c: c.launch_index)]}
             latest[report.graph + json.dumps(options, sort_keys=True)] = (found, list(report.collectives))
     return list(latest.values())
 
@@ -143,16 +145,24 @@ def _difference(rank: int, reference: int, programs: dict[int, list]) -> str | N
         if own is None or other is None:
             missing = rank if own is None else reference
             return f"rank {missing} has no graph {number}; {first or 'it has no collectives'}"
-        odd = [f"{key} is {value} on rank {rank}, and {other[0][key]} on rank {reference}"
-               for key, value in own[0].items() if value != other[0][key]]
-        if odd or first is not None:
-            return f"graph {number}: " + "; ".join([*odd, first or "their collectives are the same"])
+        odd = {key: f"{key} is {value} on rank {rank}, and {other[0][key]} on rank {reference}"
+               for key, value in own[0].items() if value != other[0][key]}
+        # These follow from the others, and a rank that found its graph in a cache has no schedule.
+        follow = [_first_unequal(key, rank, own[0][key], reference, other[0][key]) for key in ("reads", "launches")
+                  if odd.pop(key, None) and own[0][key] and other[0][key]]
+        if odd or follow or first is not None:
+            return f"graph {number}: " + "; ".join([*(list(odd.values()) or follow), first or "their collectives are the same"])
         for index, mine in enumerate(own[1]):
             for member in mine.ranks:       # another group than the reference's, perhaps
                 theirs = next(iter(programs.get(member, programs[rank])[number:]), ("", ()))[1][index:]
                 if not theirs or theirs[0].ranks != mine.ranks:
                     return _at(index, rank, mine, member, theirs[0] if theirs else None)
     return None
+
+
+def _first_unequal(key: str, rank: int, mine: Sequence[str], other: int, theirs: Sequence[str]) -> str:
+    index, (one, two) = next((i, pair) for i, pair in enumerate(itertools.zip_longest(mine, theirs)) if pair[0] != pair[1])
+    return f"{key}: number {index} is {one!r} on rank {rank}, and {two!r} on rank {other}"
 
 
 def _at(index: int, rank: int, mine: Collective | None, other: int, theirs: Collective | None) -> str:

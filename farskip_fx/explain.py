@@ -10,11 +10,11 @@ import dataclasses
 import logging
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
@@ -39,7 +39,7 @@ from .passes.prefetch import prefetch
 from .passes.reasons import Reason
 from .passes.residual import NoStream, find_streams
 from .passes.schedule import schedule
-from .report import Folded, Phase, Report
+from .report import Folded, Phase, Report, rank
 
 PHASES = ("forward", "backward")
 
@@ -85,8 +85,7 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     if report is None:
         raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(owner).__name__}), so there is "
                          "nothing to explain: call it as it runs, with input_ids for example")
-    report.model = type(model).__name__
-    report.rank = dist.get_rank() if dist.is_initialized() else 0
+    report.model, report.rank, report.module = type(model).__name__, rank(), weakref.ref(model)
     return unfold(report, how) if isinstance(how, Folded) else report
 
 

@@ -4,29 +4,40 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
+from .agreement import check_agreement
 from .config import FarskipConfig
 from .errors import ConfigError
 from .explain import explain
 from .passes.costs import PRESETS
-from .planned import planned, pretended
+from .planned import planned, ranks_for
 from .report import VERSION, Report
 from .view import compare, terminal
 
 
 def explain_source(source: Path, *, ep: int, tokens: int, batch: int, training: bool, rates: str | None, options: dict,
                    fold: bool, predict: bool) -> Report:
-    """The report of what ``planned`` builds."""
+    """The report of what ``planned`` builds. Under torchrun every rank makes its own, and they are compared.
+
+    Raises:
+        CollectiveError: a rank differs; names it, and the first difference.
+    """
     config = FarskipConfig.from_dict({**options, **({"rates": PRESETS[rates]} if rates else {})})
-    with pretended(ep):
+    with ranks_for(ep):
         model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep)
-        return explain(model, config=config, gradients=training, fold=fold, predict=predict, **inputs)
+        report = explain(model, config=config, gradients=training, fold=fold, predict=predict, **inputs)
+        if dist.is_initialized() and dist.get_backend() != "fake":
+            check_agreement(report)
+    return report
 
 
 def show(report: Report, console: Console, *, layer: int | None, sides: tuple[str, ...], as_json: bool,
          html: Path | None, trace: Path | None) -> None:
+    if report.rank:
+        return
     if as_json:
         print(report.to_json())
     else:

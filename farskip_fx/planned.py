@@ -7,6 +7,7 @@ Nothing is downloaded, and no weight is ever written: a configuration of 235 bil
 """
 from __future__ import annotations
 
+import os
 import runpy
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,12 +25,12 @@ from .passes._torch import fake_store
 
 def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training: bool = False, ep: int = 1,
             exchange: str = "all_to_all") -> tuple[nn.Module, dict]:
-    """The model of ``source``, split over the ranks of the default process group, and inputs to call it with.
+    """The model of ``source``, split over groups of ``ep`` ranks (see ``ranks_for``), and inputs to call it with.
 
     Args:
         source: a Hugging Face ``config.json`` or the folder with it, or a Python file with ``build()``.
         tokens, batch: of the inputs, where the source has none.
-        ep: ranks that its experts are split over; see ``pretended``.
+        ep: ranks that its experts are split over.
 
     Raises:
         ConfigError: says what is wrong with ``source``.
@@ -40,7 +41,7 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
     model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path), None)
     model.train(training)
     if ep > 1:
-        expert_parallel(model, dist.group.WORLD, exchange=exchange)
+        expert_parallel(model, _own_group(ep), exchange=exchange)
     if any(t.is_meta for t in model.parameters()):
         # Kernels are chosen by device. Memory that is never touched is never taken.
         model.to_empty(device="cpu")
@@ -50,16 +51,36 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
 
 
 @contextmanager
-def pretended(world: int) -> Iterator[None]:
-    """A process group of ``world`` ranks of which only this one, rank 0, exists: it traces, and communicates nothing."""
-    if world < 2 or dist.is_initialized():
+def ranks_for(ep: int) -> Iterator[None]:
+    """Ranks to trace on: under torchrun those of the run; else ``ep`` ranks of which only this one, rank 0, exists.
+
+    Raises:
+        ConfigError: ``ep`` does not divide the ranks of the run.
+    """
+    if dist.is_initialized():
         yield
         return
-    dist.init_process_group("fake", rank=0, world_size=world, store=fake_store())
+    launched = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    if launched and int(os.environ["WORLD_SIZE"]) % ep:
+        raise ConfigError(f"--ep {ep} does not divide the {os.environ['WORLD_SIZE']} ranks of this run")
+    if launched:
+        dist.init_process_group("gloo")
+    elif ep > 1:
+        dist.init_process_group("fake", rank=0, world_size=ep, store=fake_store())
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _own_group(ep: int) -> dist.ProcessGroup:
+    """The ``ep`` neighbours of this rank. Every rank makes every group, as torch.distributed asks for."""
+    world = dist.get_world_size()
+    if world == ep:
+        return dist.group.WORLD
+    groups = [dist.new_group(list(range(first, first + ep))) for first in range(0, world, ep)]
+    return groups[dist.get_rank() // ep]
 
 
 def _configured(path: Path) -> nn.Module:

@@ -8,11 +8,16 @@ import collections
 import dataclasses
 import json
 import threading
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from .agreement import Collective
     from .config import FarskipConfig
     from .passes.checkpointing import Inlined
@@ -73,6 +78,7 @@ class Report:
     explained: tuple[Phase, ...] = ()
     folded: Folded | None = None
     errors: list[Exception] = field(default_factory=list)
+    module: weakref.ref[nn.Module] | None = field(default=None, repr=False)      # whose forward was traced
 
     @property
     def layers(self):
@@ -155,12 +161,24 @@ def _write(path: str | Path, text: str) -> Path:
     return path
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def record(report: Report) -> None:
     with _lock:
         _recent.append(report)
 
 
-def last_reports() -> list[Report]:
-    """Reports of the most recent compiles of this process, oldest first (at most 64)."""
+def last_reports(model: nn.Module | None = None) -> list[Report]:
+    """Reports of the most recent compiles of this process, oldest first (of at most 64).
+
+    Args:
+        model: only those of this model, or of a part of it (``apply`` compiles its decoder); None: all.
+    """
     with _lock:
-        return list(_recent)
+        reports = list(_recent)
+    if model is None:
+        return reports
+    own = set(model.modules())
+    return [r for r in reports if r.module is not None and r.module() in own]

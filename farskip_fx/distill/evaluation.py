@@ -142,7 +142,7 @@ def assert_rewired(model: nn.Module) -> int:
         return 0
     converted = owner.forward
     if converted not in _counted:
-        report = next((r for r in reversed(last_reports()) if r.marked and r.config == converted.config
+        report = next((r for r in reversed(last_reports(owner)) if r.marked and r.config == converted.config
                        and r.rewired is not None), None)
         if report is None:
             raise WrongConnectivityError(
