@@ -1,6 +1,5 @@
 """The page of a report: small, safe with any name, the same figures as the report; drawn and used in a real browser."""
 import copy
-import html as html_module
 import json
 import re
 import zlib
@@ -10,14 +9,16 @@ import pytest
 import browser
 from farskip_fx.view.html import data, page
 
-HOSTILE = ('</script><script>window.broken=1</script>', '<img src=x onerror="window.broken=1">', '<!--<script>', '\x1b[31mred\x1b[0m',
-           '\u202egnp.exe', 'line\u2028break\u2029', '"quotes\' & &amp; \\u003c', 'a' * 5000, '\U0001f600 \ud800', ']]>', '@DATA@ @SCRIPT@')
+HOSTILE = ("</script><script>window.broken=1</script>", '<img src=x onerror="window.broken=1">', "<!--<script>",
+           "\x1b[31mred\x1b[0m", "\u202egnp.exe", "line\u2028break\u2029", "\"quotes' & &amp; \\u003c", "a" * 5000,
+           "\U0001f600 \ud800", "]]>", "@DATA@ @SCRIPT@")
 
 
 # --- reports without a model -------------------------------------------------------------------------------------
 
 def _event(start, seconds, layer, block, part, lane="compute", names=("mm", "mul", "add")):
-    return {"lane": lane, "start": start, "seconds": seconds, "names": list(names), "layer": layer, "block": block, "part": part}
+    return {"lane": lane, "start": start, "seconds": seconds, "names": list(names), "layer": layer, "block": block,
+            "part": part}
 
 
 def _timeline(layers, *, hidden, tag):
@@ -35,8 +36,9 @@ def _timeline(layers, *, hidden, tag):
             events.append(_event(at - (took if hidden else 0), took, k, "moe", part, lane="group0", names=(name,)))
             collectives.append({
                 "name": name, "op": "all_to_all_single", "kind": "counts" if part == "counts" else "all_to_all_single",
-                "group": "group0", "bytes": 4194304 + k, "seconds": took, "launch_index": 100 * k + i, "wait_index": 100 * k + i + 9,
-                "hidden_s": took * hidden, "exposed_s": took * (1 - hidden), "free_s": took / 3, "layer": k, "block": "moe",
+                "group": "group0", "bytes": 4194304 + k, "seconds": took, "launch_index": 100 * k + i,
+                "wait_index": 100 * k + i + 9, "hidden_s": took * hidden, "exposed_s": took * (1 - hidden),
+                "free_s": took / 3, "layer": k, "block": "moe",
                 "behind": [f"layers.{k}.self_attn.{n}_proj: mm" for n in "qkv"], "part": part,
                 "needed_by": f"layers.{k}.mlp.experts: grouped_mm"})
             at += took * (1 - hidden)
@@ -68,11 +70,12 @@ def sample(layers, *, phases=("forward", "backward"), refused=()):
         "version": 1, "model": "SampleForCausalLM", "graph": "Sample.forward", "rank": 0, "unchanged": None,
         "summary": f"Sample.forward: connectivity farskip, {layers} layers", "folded": None, "errors": [],
         "options": {"connectivity": "farskip", "layers": "all", "rates": None, "strict": True}, "layers": rows,
-        "changes": [{"layer": k, "block": block, "node": f"to_{k}_{block}", "op": "to", "was": f"hidden_{k}", "now": "inputs_embeds",
-                     "source": f"modeling.py:{300 + k} in forward: x = x.to(torch.float32)"}
+        "changes": [{"layer": k, "block": block, "node": f"to_{k}_{block}", "op": "to", "was": f"hidden_{k}",
+                     "now": "inputs_embeds", "source": f"modeling.py:{300 + k} in forward: x = x.to(torch.float32)"}
                     for k in range(layers) if k not in refused for block in ("attention", "moe") if k or block == "moe"],
         "collectives": ["all_to_all_single of float32 [?, 512] over ranks [0, 1]"] * 3 * layers,
-        "phases": [{"name": name, "bound_s": 0.0123456 * layers, "reason": "", "before": _timeline(layers, hidden=0.0, tag=name),
+        "phases": [{"name": name, "bound_s": 0.123456 * layers, "reason": "",
+                    "before": _timeline(layers, hidden=0.0, tag=name),
                     "after": _timeline(layers, hidden=0.75, tag=name)} for name in phases],
         "counts": {"operations": 2216, "added": 0}, "seconds": {"detect": 0.0917060, "predict": 108.9413}}
 
@@ -241,6 +244,22 @@ def test_drawn_without_complaint(opened, dark):
 
 
 @needs_browser
+def test_reads_begin_at_the_state_they_are_of(opened):
+    """Contributions in order: attention 0, shared 0, routed 0, attention 1, ..."""
+    report = sample(3)
+    report["layers"][2]["reads"][0]["now"] = "layer 1 output without the MLP of layer 1"
+    shown = opened(report)
+    added = shown.run("[...document.querySelectorAll('g.now circle.add')].map(c => +c.getAttribute('cy'))")
+    begin = shown.run("[...document.querySelectorAll('g.now circle.from')].map(c => +c.getAttribute('cy'))")
+    assert added == sorted(added) and len(added) == 9 and len(begin) == 5
+    # moe 0, attention 1, moe 1, attention 2, moe 2: so many contributions lie above.
+    assert [sum(y < start for y in added) for start in begin] == [0, 2, 3, 4, 6]
+    words = shown.run("[...document.querySelectorAll('g.now .label')].map(t => t.textContent)")
+    assert words == ["before attention 0", "without routed 0", "before attention 1", "without MLP 1", "before attention 2"]
+    assert shown.run("document.querySelectorAll('g.was .changed').length") == 0
+
+
+@needs_browser
 def test_header_shows_the_reports_figures(opened):
     report = sample(3)
     shown = opened(report)
@@ -314,19 +333,20 @@ def test_hover_shows_nodes_and_source(opened):
 def test_timelines(opened):
     """An event tells what it is and selects its layer; the wheel zooms, dragging moves, 0 shows all again."""
     report = sample(3)
+    line = report["phases"][0]["before"]
+    combine = next(e for e in line["events"] if e["layer"] == 1 and e["part"] == "combine")
+    collective = next(c for c in line["collectives"] if c["name"] == combine["names"][0])
+    collective["name"] += "+2"          # as in the repetitions of a folded report
     shown = opened(report, height=1600)
     shown.middle("canvas")
     box = shown.run("(() => { const b = document.querySelector('canvas').getBoundingClientRect();"
                     "return [b.left, b.top, b.width]; })()")
-    line = report["phases"][0]["before"]
-    combine = next(e for e in line["events"] if e["layer"] == 1 and e["part"] == "combine")
 
     def at(event, height):
         # The gutter and the lanes of timeline.js.
         return box[0] + 76 + (event["start"] + event["seconds"] / 2) / line["seconds"] * (box[2] - 78), box[1] + height
 
     shown.move(*at(combine, 46))
-    collective = next(c for c in line["collectives"] if c["name"] == combine["names"][0])
     text = shown.text("#tip")
     assert "layer 1, moe, combine" in text and seconds(collective["seconds"]) in text
     assert f"exposed {seconds(collective['exposed_s'])}" in text and collective["needed_by"] in text
@@ -356,7 +376,7 @@ def test_hostile_names_in_the_page(opened):
     assert shown.run("window.broken === undefined && document.querySelectorAll('img, script:not([id])').length") == 1
     words = shown.run("document.body.textContent").replace(shown.run("document.querySelector('#report').textContent"), "")
     assert not set(words) & {"\x1b", "\u202e", "\u2028"} and "\\u202egnp.exe" in words
-    assert html_module.unescape(HOSTILE[1]) in words
+    assert HOSTILE[1] in words
 
 
 @needs_browser

@@ -35,6 +35,9 @@ function plain(text, most = 300) {
 
 // --- figures: as many digits as the report was written with ---
 
+const TIMES = [["s", 1], ["ms", 1e-3], ["µs", 1e-6], ["ns", 1e-9]];
+const SIZES = [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["kB", 1e3]];
+
 function digits(value) {
   const text = value.toPrecision(4);
   return text.includes("e") ? String(Number(text)) : text;
@@ -48,12 +51,12 @@ function scaled(value, units, like) {
 /** `like`: a figure beside it, whose unit it takes. */
 function seconds(s, like = s) {
   if (s === null || s === undefined) return "–";
-  return s < 5e-10 ? "0 s" : scaled(s, [["s", 1], ["ms", 1e-3], ["µs", 1e-6], ["ns", 1e-9]], like);
+  return s < 5e-10 ? "0 s" : scaled(s, TIMES, like);
 }
 
 function bytes(n) {
   if (n === null || n === undefined) return "–";
-  return n < 1000 ? `${n} B` : scaled(n, [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["kB", 1e3]], n);
+  return n < 1000 ? `${n} B` : scaled(n, SIZES, n);
 }
 
 // --- elements: text is always text ---
@@ -68,7 +71,7 @@ function svg(name, attributes = {}, ...children) {
 
 function filled(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children.flat().filter(child => child !== null && child !== undefined && child !== ""));
+  element.append(...children.flat().filter(child => child || child === 0));
   return element;
 }
 

@@ -7,8 +7,8 @@ function details(at) {
   return [
     el("div", {class: "details-head"}, el("h3", {}, `Layer ${layer.index}`), el("span", {class: `state ${state[1]}`}, state[0]),
        el("button", {type: "button", class: "close", "aria-label": "Close the details", title: "Close (Esc)"}, "×")),
-    el("p", {class: "under"}, [layer.label && el("code", {}, plain(layer.label)), " ", `connectivity ${plain(layer.connectivity)}`]),
-    layer.refused_code && el("p", {class: "refusal"}, plain(layer.refused_text, 2000), " ", el("code", {}, plain(layer.refused_code))),
+    el("p", {class: "under"}, [layer.label && code(layer.label), " ", `connectivity ${plain(layer.connectivity)}`]),
+    layer.refused_code && el("p", {class: "refusal"}, plain(layer.refused_text, 2000), " ", code(layer.refused_code)),
     ...track.layers[at].blocks.map(block => blockPanel(layer, block)),
     ...report.phases.map(phase => exchangePanel(phase, layer.index)),
   ].filter(Boolean);
@@ -23,19 +23,23 @@ function blockPanel(layer, {name, found, read}) {
   }
   if (found) {
     if (found.evidence) facts.push(["known by", plain(found.evidence) + (found.certain ? "" : " (not certain)")]);
-    facts.push(["in the graph", el("code", {}, `${plain(found.reads)} → ${plain(found.adds)}`), ` ${found.operations} operations`]);
-    if (found.exchange) facts.push(["exchange", el("code", {}, plain(found.exchange))]);
-    if (found.label) facts.push(["module", el("code", {}, plain(found.label))]);
+    facts.push(["in the graph", code(found.reads), " → ", code(found.adds), `, ${found.operations} operations`]);
+    if (found.exchange) facts.push(["exchange", code(found.exchange)]);
+    if (found.label) facts.push(["module", code(found.label)]);
     if (found.source) facts.push(["source", source(found.source)]);
   }
   return el("section", {class: "block"},
     el("h4", {}, el("i", {class: `swatch ${name === "moe" ? "routed" : name === "mlp" ? "mlp" : "attention"}`}),
-       name === "attention" ? "attention" : name === "moe" ? `MoE${found?.shared ? ", with a shared expert" : ""}` : plain(name)),
+       name !== "moe" ? plain(name) : found?.shared ? "MoE, with a shared expert" : "MoE"),
     el("dl", {}, facts.map(([term, ...what]) => [el("dt", {}, term), el("dd", {}, what)]).flat()),
     edges.length ? el("div", {class: "edges"}, el("p", {class: "term"}, "edges that lead elsewhere now"),
-      el("ul", {}, edges.map(edge => el("li", {}, el("code", {}, `${plain(edge.node)} (${plain(edge.op)})`), " reads ",
-        el("code", {class: "new"}, plain(edge.now)), ", was ", el("code", {}, el("s", {}, plain(edge.was))),
+      el("ul", {}, edges.map(edge => el("li", {}, code(`${edge.node} (${edge.op})`), " reads ",
+        el("code", {class: "new"}, plain(edge.now)), ", was ", el("s", {}, code(edge.was)),
         edge.source ? source(edge.source) : null)))) : null);
+}
+
+function code(name) {
+  return el("code", {}, plain(name));
 }
 
 /** "file:line in function: code" on two lines. */
@@ -50,7 +54,7 @@ function exchangePanel(phase, index) {
   const before = own("before"), after = own("after");
   if (!before.length && !after.length) return null;
   const body = paired(before, after).flatMap(([was, now]) => {
-    const one = now ?? was, far = [el("code", {}, plain(one.op)), one.needed_by ? `, needed by ${plain(one.needed_by)}` : "",
+    const one = now ?? was, far = [code(one.op), one.needed_by ? `, needed by ${plain(one.needed_by)}` : "",
       now?.behind.length ? el("div", {}, `behind it: ${now.behind.map(n => plain(n)).join("; ")}`) : null];
     return [
       el("tr", {}, el("th", {scope: "row"}, el("i", {class: `swatch ${partOf({...one})}`}), plain(one.part || one.kind)),
@@ -61,8 +65,7 @@ function exchangePanel(phase, index) {
   });
   return el("section", {class: "block"}, el("h4", {}, `Collectives, ${plain(phase.name)}`),
     el("table", {}, el("thead", {}, el("tr", {}, ["", "bytes", "takes", "exposed before", "exposed after", "could hide"]
-      .map((text, i) => el("th", {scope: "col", ...(i === 5 ? {title: "seconds of compute that could run meanwhile at most"} : {})}, text)))),
-      el("tbody", {}, body)));
+      .map(text => el("th", {scope: "col"}, text)))), el("tbody", {}, body)));
 }
 
 /** The collectives of a layer before and after, by part and their order in it. */
@@ -100,6 +103,7 @@ function drawHeader() {
 /** A phase: two bars on one scale, what is exposed hatched, and the bound as a line. */
 function card(phase) {
   const most = Math.max(phase.before.seconds, phase.after.seconds, phase.bound_s) || 1;
+  const time = s => seconds(s, phase.before.seconds);
   const bar = side => {
     const line = phase[side], whole = el("div", {class: "whole"}), exposed = el("div", {class: "exposed"});
     whole.style.width = `${100 * line.seconds / most}%`;
@@ -107,34 +111,37 @@ function card(phase) {
     whole.append(exposed);
     const room = el("div", {class: "room"}, whole);
     if (side === "after") {
-      const bound = el("div", {class: "bound", title: `bound ${seconds(phase.bound_s, phase.before.seconds)}`});
+      const bound = el("div", {class: "bound", title: `bound ${time(phase.bound_s)}`});
       bound.style.left = `${100 * phase.bound_s / most}%`;
       room.append(bound);
     }
-    return el("tr", {class: side}, el("th", {scope: "row"}, side), el("td", {class: "time"}, seconds(line.seconds, phase.before.seconds)),
-      el("td", {class: "bars", "aria-hidden": "true"}, room), el("td", {}, seconds(line.exposed_s, phase.before.seconds)), el("td", {}, bytes(line.peak_bytes)));
+    return el("tr", {class: side}, el("th", {scope: "row"}, side), el("td", {class: "time"}, time(line.seconds)),
+      el("td", {class: "bars", "aria-hidden": "true"}, room), el("td", {}, time(line.exposed_s)),
+      el("td", {}, bytes(line.peak_bytes)));
   };
   return el("section", {class: "card"},
     el("table", {}, el("thead", {}, el("tr", {}, el("th", {scope: "col", class: "phase-name"}, plain(phase.name)),
-        el("th", {scope: "col"}, "predicted"), el("td", {}), el("th", {scope: "col"}, "exposed"), el("th", {scope: "col"}, report.folded ? "peak, traced layers" : "peak memory"))),
+        el("th", {scope: "col"}, "predicted"), el("td", {}), el("th", {scope: "col"}, "exposed"),
+        el("th", {scope: "col"}, report.folded ? "peak, traced layers" : "peak memory"))),
       el("tbody", {}, bar("before"), bar("after"))),
-    el("p", {class: "bound-words"}, "bound ", el("b", {}, seconds(phase.bound_s, phase.before.seconds)), ": no order of the rewired graph is faster",
+    el("p", {class: "bound-words"}, "bound ", el("b", {}, time(phase.bound_s)), ": no order of the rewired graph is faster",
        phase.reason ? `; the order stayed: ${plain(phase.reason)}` : ""));
 }
 
 function drawGuide() {
   const item = (kind, ...text) => el("li", {}, el("i", {class: `sample ${kind}`}), el("span", {}, text));
-  const ex = report.layers.length;
+  const refused = report.layers.some(l => l.refused_code), twice = report.blocks.some(b => b.shared);
   $("guide").append(...[
     el("h3", {}, "How to read this"),
     el("p", {}, "The track is the residual stream and runs down. Every block reads a state of it and adds its contribution",
        " at a plus."),
-    el("ul", {}, item("plain", "a read as the model has it"), item("changed", "a read that is another one now: it begins at the state that the block reads"),
+    el("ul", {}, item("plain", "a read as the model has it"),
+       item("changed", "a read that is another one now: it begins at the state that the block reads"),
        item("late", "a contribution that a later block does not wait for: it may be on its way"),
-       report.layers.some(l => l.refused_code) ? item("refused", "a layer that was refused: it stays as the model has it") : null),
-    el("p", {}, report.blocks.some(b => b.shared) ? "An MoE adds twice: its shared expert, then its routed experts. A read that lacks "
-       + "the routed experts alone begins between the two." : ""),
-    el("p", {class: "soft"}, ex ? "Select a layer for its reads, the evidence, source lines and collectives." : ""),
+       refused && item("refused", "a layer that was refused: it stays as the model has it")),
+    twice && el("p", {}, "An MoE adds twice: its shared expert, then its routed experts. A read that lacks the routed experts",
+       " alone begins between the two."),
+    el("p", {class: "soft"}, "Select a layer for its reads, the evidence, source lines and collectives."),
     el("h3", {}, "Words"),
     el("dl", {},
       ...[["exposed", "communication during which no compute runs"],
@@ -148,20 +155,22 @@ function drawGuide() {
 function drawMore() {
   const {counts, options, collectives} = report;
   const refused = report.layers.filter(l => l.refused_code);
-  const list = entries => el("dl", {class: "facts"}, entries.flatMap(([name, value]) => [el("dt", {}, plain(name)), el("dd", {}, value)]));
+  const list = entries => el("dl", {class: "facts"},
+    entries.flatMap(([name, value]) => [el("dt", {}, plain(name)), el("dd", {}, value)]));
   const value = v => v === null ? "–" : typeof v === "object" ? plain(JSON.stringify(v), 2000) : plain(v);
   const fold = (title, open, ...content) => el("details", open ? {open: ""} : {}, el("summary", {}, title), ...content);
   $("more").append(...[
     refused.length ? fold("Layers that were refused", true, el("ul", {class: "refusals"}, refused.map(layer => {
       const go = el("button", {type: "button"}, `layer ${layer.index}`);
       go.addEventListener("click", () => select(layerAt.get(layer.index), {open: true}));
-      return el("li", {}, go, " ", plain(layer.refused_text, 2000), " ", el("code", {}, plain(layer.refused_code)));
+      return el("li", {}, go, " ", plain(layer.refused_text, 2000), " ", code(layer.refused_code));
     }))) : null,
     fold("What every rank must agree on", false,
       el("p", {}, "Ranks whose options or list of collectives differ would wait for each other without end."),
       list(Object.entries(options).map(([k, v]) => [k, value(v)])),
       el("h4", {}, "Collectives of the traced graph, in their order"),
-      collectives.length ? el("ol", {class: "agreed"}, collectives.map(c => el("li", {}, plain(c.text)))) : el("p", {class: "soft"}, "none: nothing is exchanged between ranks in this graph")),
+      collectives.length ? el("ol", {class: "agreed"}, collectives.map(c => el("li", {}, plain(c.text))))
+        : el("p", {}, "none: nothing is exchanged between ranks in this graph")),
     fold("Counts, and the time that the passes took", false,
       list(Object.entries(counts).map(([k, v]) => [k.replaceAll("_", " "), value(v)])),
       list(Object.entries(report.seconds).map(([k, s]) => [k, seconds(s)]))),

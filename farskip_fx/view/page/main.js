@@ -3,7 +3,7 @@
 const current = {at: null, open: false};
 
 /** Layer number `at` of the list. `open`: also show its details. */
-function select(at, {open = current.open, focus = false} = {}) {
+function select(at, {open = current.open} = {}) {
   if (at === null || !report.layers.length) return;
   if (current.at !== null) unmark(current.at);
   current.at = Math.min(Math.max(at, 0), report.layers.length - 1);
@@ -14,7 +14,7 @@ function select(at, {open = current.open, focus = false} = {}) {
   $("zoom-layer").disabled = !pairs.length;
   intoView(track.layers[current.at]);
   current.open = open;
-  drawDetails(focus);
+  drawDetails();
   redraw();
 }
 
@@ -32,11 +32,11 @@ function close() {
     $("zoom-layer").disabled = true;
     $("stream").removeAttribute("aria-activedescendant");
   }
-  drawDetails(false);
+  drawDetails();
   redraw();
 }
 
-function drawDetails(focus) {
+function drawDetails() {
   const panel = $("details");
   panel.hidden = !current.open;
   $("guide").hidden = current.open;
@@ -44,15 +44,14 @@ function drawDetails(focus) {
   panel.replaceChildren(...details(current.at));
   panel.querySelector(".close").addEventListener("click", () => { close(); $("stream").focus(); });
   $("side").scrollTop = 0;
-  if (focus) panel.focus({preventScroll: true});
 }
 
 /** Scroll the stream, and only it. */
 function intoView({top, bottom}) {
-  const frame = $("stream"), room = 60;
+  const frame = $("stream"), zoom = frame.firstElementChild.clientWidth / WIDTH, room = 60;
   let to = frame.scrollTop;
-  if (top - room < to) to = top - room;
-  if (bottom + room > to + frame.clientHeight) to = bottom + room - frame.clientHeight;
+  if (top * zoom - room < to) to = top * zoom - room;
+  if (bottom * zoom + room > to + frame.clientHeight) to = bottom * zoom + room - frame.clientHeight;
   frame.scrollTop = to;
 }
 

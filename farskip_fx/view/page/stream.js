@@ -51,22 +51,24 @@ function blocksOf(layer) {
   return layer.blocks.map(found => ({name: found.block, shared: Boolean(found.shared), read: read(found.block), found}));
 }
 
-/** "layer 3 output without the routed experts of layer 3" as a place on the track, and what it lacks beyond that. */
+/** "layer 3 output without the routed experts of layer 3" as a place on the track. What it lacks further up stands in words. */
 function readOf(text, block, entry, layers, adds) {
   const words = /^(the embedding|layer (\d+) (attention )?output)( \(before attention\))?(?: without (.*))?$/.exec(text);
-  if (!words) return {state: block.state, lacks: [], text, short: plain(text, LETTERS)};
+  if (!words) return {state: block.state, short: plain(text, LETTERS)};
   const other = words[2] === undefined ? null : layers[layerAt.get(Number(words[2]))];
-  let state = !other ? 0 : words[3] ? (other.blocks.findLast(b => b.name !== "attention") ?? {state: other.end}).state : other.end;
+  const between = other?.blocks.findLast(b => b.name !== "attention")?.state ?? other?.end;
+  let state = !other ? 0 : words[3] ? between : other.end;
   // A further mixer of a layer reads its own state; the words are those of the first one.
   if (block.name === "attention" && state === entry.start) state = block.state;
   const lacks = [...(words[5] ?? "").matchAll(/the (routed experts|MLP|attention) of layer (\d+)/g)]
-    .map(m => ({what: m[1], layer: Number(m[2]), met: false}));
-  const missing = add => lacks.find(l => l.layer === add.layer && (l.what === "attention" ? add.block === "attention"
+    .map(m => ({what: m[1], layer: Number(m[2])}));
+  const missing = add => lacks.some(l => l.layer === add.layer && (l.what === "attention" ? add.block === "attention"
     : l.what === "MLP" ? add.block !== "attention" : add.part === "routed"));
-  while (state > 0 && missing(adds[state - 1])) missing(adds[--state]).met = true;
-  const open = lacks.filter(l => !l.met), name = l => `${{"routed experts": "routed", MLP: "MLP"}[l.what] ?? l.what} ${l.layer}`;
-  const short = words[4] ? `before attention ${entry.layer.index}` : lacks.length ? `without ${lacks.map(name).join(", ")}` : text;
-  return {state, lacks: open.map(name), text, short: plain(short, LETTERS)};
+  while (state > 0 && missing(adds[state - 1])) state--;
+  const name = l => `${l.what.replace(" experts", "")} ${l.layer}`;
+  const short = words[4] ? `before attention ${entry.layer.index}`
+    : lacks.length ? `without ${lacks.map(name).join(", ")}` : text;
+  return {state, short: plain(short, LETTERS)};
 }
 
 /** Where on the track a read of state p begins: right below the last contribution. */
@@ -84,7 +86,7 @@ function drawStream() {
   const frame = $("stream");
   if (!report.layers.length) {
     $("stream-frame").replaceChildren(el("p", {class: "empty"}, report.unchanged
-      ? `There is no stream to draw: ${plain(report.unchanged.text, 1000)}` : "There is no stream to draw: no layers were found."));
+      ? `There is no stream to draw: ${plain(report.unchanged.text, 1000)}` : "There is no stream to draw: no layers."));
     return;
   }
   const picture = svg("svg", {width: WIDTH, height: track.height, viewBox: `0 0 ${WIDTH} ${track.height}`,
@@ -109,7 +111,8 @@ function drawStream() {
     const row = svg("g", {id: `layer-${at}`, class: `layer ${state}`, role: "option", "aria-selected": "false",
                           "aria-label": spoken(layer)},
       svg("rect", {class: "band", x: 4, y: top, width: WIDTH - 8, height: bottom - top, rx: 6}),
-      ...[0, AFTER].map(x => svg("text", {class: "number", x: x + 32, y: top + 21}, String(layer.index))), remark(layer, top));
+      ...[0, AFTER].map(x => svg("text", {class: "number", x: x + 32, y: top + LAYER_GAP / 2 + 15}, String(layer.index))),
+      remarks(layer, entry));
     bands.append(row);
     rowsOfStream.push(row);
   }
@@ -139,8 +142,12 @@ function drawBlock(block, entry, side, passed) {
   if (read && !changed) {
     const y = block.y + 7;
     group.append(read.state === block.state
-      ? svg("path", {class: "read", "marker-end": "url(#tip-plain)", d: `M${LEFT + 4} ${y}H${BOX - 2}`})
+      ? svg("path", {class: "read", "marker-end": "url(#tip-plain)", d: `M${LEFT + 4} ${y}H${BOX - 5}`})
       : svg("path", {class: "read", "marker-end": "url(#tip-plain)", d: elbow(beginning(read.state), y, channel(block))}));
+  }
+  if (block.parts.length > 1) {
+    group.append(svg("rect", {class: "whole-block", x: BOX - 4, y: block.y - 2.5, width: BOX_WIDTH + 8,
+                              height: block.height + 5, rx: 7}));
   }
   for (const {part, y, height, add} of block.parts) {
     const at = track.adds[add].y;
@@ -150,8 +157,7 @@ function drawBlock(block, entry, side, passed) {
       svg("path", {class: `plus ${part}`, d: `M${LEFT - 2.8} ${at}h5.6M${LEFT} ${at - 2.8}v5.6`}),
       svg("rect", {class: `box ${part}`, x: BOX, y: y + 1, width: BOX_WIDTH, height: height - 2, rx: 4}),
       svg("text", {class: "name", x: BOX + BOX_WIDTH / 2, y: y + height / 2 + 4},
-          block.parts.length > 1 || part === "mlp" ? (part === "mlp" ? "MLP" : part)
-            : part === "routed" ? "MoE" : part));
+          part === "mlp" ? "MLP" : part === "routed" && block.parts.length === 1 ? "MoE" : part));
   }
   return group;
 }
@@ -172,20 +178,16 @@ function channel(block) {
 /** From the track to a channel, along it, and into the box, with round corners. */
 function elbow(from, to, x) {
   const r = Math.min(6, Math.abs(to - from) / 2), turn = to >= from ? r : -r;
-  return `M${LEFT + 3} ${from}H${x - r}Q${x} ${from} ${x} ${from + turn}V${to - turn}Q${x} ${to} ${x + r} ${to}H${BOX - 3}`;
+  return `M${LEFT + 3} ${from}H${x - r}Q${x} ${from} ${x} ${from + turn}V${to - turn}Q${x} ${to} ${x + r} ${to}H${BOX - 5}`;
 }
 
-function remark(layer, top) {
-  const text = layer.refused_code ? `refused: ${layer.refused_text}` : !layer.requested ? "not asked for"
-    : layer.rewired || named() ? "" : "as the model has it";
-  const named_ = typeof report.options.connectivity === "object" && !layer.refused_code && layer.requested
-    ? layer.connectivity : "";
-  return text || named_ ? svg("text", {class: "remark", x: AFTER + LABEL, y: top + 21 + (layer.rewired ? 26 : 0)},
-                              plain(text || named_, LETTERS)) : null;
-}
-
-function named() {
-  return report.options.connectivity === "none";
+/** Why a layer is as it is; and its connectivity, where layers have their own. */
+function remarks(layer, {top, blocks}) {
+  const why = layer.refused_code ? `refused: ${layer.refused_text}` : !layer.requested ? "not asked for"
+    : layer.rewired || report.options.connectivity === "none" ? "" : "as the model has it";
+  const own = typeof report.options.connectivity === "object" && layer.rewired ? layer.connectivity : "";
+  return [why && svg("text", {class: "remark", x: AFTER + LABEL, y: top + LAYER_GAP / 2 + 15}, plain(why, LETTERS)),
+          own && svg("text", {class: "remark own", x: WIDTH - 16, y: (blocks.at(-1)?.y ?? top + 9) + 15}, plain(own, 16))];
 }
 
 function arrowHead(id) {

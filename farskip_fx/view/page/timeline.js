@@ -4,7 +4,7 @@
 const GUTTER = 76, LANE = 30, LINK = 20, SPACE = 5, AXIS = 20, HEAD = 4, MOST_ZOOM = 2e4;
 
 const pairs = report.phases.map(phase => {
-  const lanes = ["compute", ...new Set([...phase.before.events, ...phase.after.events].map(e => e.lane).filter(l => l !== "compute"))];
+  const lanes = [...new Set(["compute", ...phase.before.events.map(e => e.lane), ...phase.after.events.map(e => e.lane)])];
   const span = Math.max(phase.before.seconds, phase.after.seconds, ...[phase.before, phase.after].map(last)) || 1;
   return {phase, lanes, span, from: 0, to: span, views: []};
 });
@@ -33,7 +33,7 @@ function drawTimelines() {
     for (const side of ["before", "after"]) {
       const view = makeView(pair, side), like = pair.phase.before.seconds;
       pair.views.push(view);
-      figure.append(el("div", {class: "view"}, el("div", {class: "caption"}, el("strong", {}, side === "before" ? "before" : "after"),
+      figure.append(el("div", {class: "view"}, el("div", {class: "caption"}, el("strong", {}, side),
         el("span", {}, seconds(pair.phase[side].seconds, like)),
         el("span", {}, `exposed ${seconds(pair.phase[side].exposed_s, like)}`)), view.canvas));
     }
@@ -54,9 +54,10 @@ function makeView(pair, side) {
     name, top: i ? HEAD + LANE + SPACE + (i - 1) * (LINK + SPACE) : HEAD, height: i ? LINK : LANE,
     events: line.events.filter(e => e.lane === name).sort((a, b) => a.start - b.start), byLayer: new Map()}));
   for (const {events, byLayer} of lanes) {
-    for (const event of events) byLayer.has(event.layer) ? byLayer.get(event.layer).push(event) : byLayer.set(event.layer, [event]);
+    for (const event of events) byLayer.set(event.layer, [...byLayer.get(event.layer) ?? [], event]);
   }
-  const view = {pair, side, line, canvas, height, lanes, shift: 0, idle: idleOf(lanes[0].events, line.seconds), exchange: exchanges(line)};
+  const view = {pair, side, line, canvas, height, lanes, shift: 0, idle: idleOf(lanes[0].events, line.seconds),
+                exchange: exchanges(line)};
   listen(view);
   return view;
 }
@@ -73,9 +74,9 @@ function idleOf(events, end) {
   return gaps;
 }
 
-/** The collective that an event of a link is. In a folded report several have one name: the layer tells them apart. */
+/** The collective that an event of a link is. A repetition of a folded report has "+3", say, behind its name. */
 function exchanges(line) {
-  const known = new Map(line.collectives.map(c => [`${c.layer} ${c.name}`, c]));
+  const known = new Map(line.collectives.map(c => [`${c.layer} ${c.name.replace(/\+\d+$/, "")}`, c]));
   return event => known.get(`${event.layer} ${event.names[0]}`);
 }
 
@@ -97,41 +98,45 @@ function paint(view) {
   const {canvas, pair, height} = view, width = canvas.clientWidth, dots = devicePixelRatio || 1;
   if (!width) return;
   const [from, to] = shown(view), scale = (width - GUTTER - 2) / (to - from), x = s => GUTTER + (s - from) * scale;
-  const all = pictureOf(view, width, dots, from, to, scale, x);
+  const [all, gaps] = picturesOf(view, width, dots, from, to, scale, x);
   if (canvas.width !== all.width || canvas.height !== all.height) { canvas.width = all.width; canvas.height = all.height; }
   const c = scaledContext(canvas, dots);
   c.clearRect(0, 0, width, height);
   c.drawImage(all, 0, 0, width, height);
+  if (current.at === null) c.drawImage(gaps, 0, 0, width, height);
   c.beginPath(); c.rect(GUTTER, 0, width - GUTTER, height); c.clip();
   if (current.at !== null) {
     const index = report.layers[current.at].index, own = view.lanes.map(l => l.byLayer.get(index) ?? []);
     c.globalAlpha = 0.7; c.fillStyle = colours.ground;
     c.fillRect(GUTTER, HEAD, width - GUTTER, height - HEAD - AXIS);
     c.globalAlpha = 1;
+    c.drawImage(gaps, 0, 0, width, height);
     view.lanes.forEach((lane, i) => { bars(c, lane, own[i], x, scale, width); underline(c, lane, own[i], x); });
   }
   mark(c, view, x(view.line.seconds), colours.ink, []);
   if (view.side === "after") mark(c, view, x(pair.phase.bound_s), colours.soft, [3, 3]);
 }
 
-/** Everything but the selection, kept until something else than the selection changes. */
-function pictureOf(view, width, dots, from, to, scale, x) {
+/** Everything but the selection, and the gaps apart: kept until something else than the selection changes. */
+function picturesOf(view, width, dots, from, to, scale, x) {
   const key = [width, dots, from, to, colours.ground].join();
-  if (view.kept?.key === key) return view.kept.picture;
-  const picture = view.kept?.picture ?? document.createElement("canvas");
-  picture.width = Math.round(width * dots); picture.height = Math.round(view.height * dots);
-  const c = scaledContext(picture, dots);
+  if (view.kept?.key === key) return view.kept.pictures;
+  const pictures = view.kept?.pictures ?? [0, 1].map(() => document.createElement("canvas"));
+  const [c, gaps] = pictures.map(picture => {
+    picture.width = Math.round(width * dots); picture.height = Math.round(view.height * dots);
+    return scaledContext(picture, dots);
+  });
   axis(c, view, width, x);
-  c.beginPath(); c.rect(GUTTER, 0, width - GUTTER, view.height); c.clip();
-  idle(c, view, x);
+  for (const one of [c, gaps]) { one.beginPath(); one.rect(GUTTER, 0, width - GUTTER, view.height); one.clip(); }
+  idle(gaps, view, x);
   for (const lane of view.lanes) {
     let end = firstAfter(lane.events, from);
     const start = end;
     while (end < lane.events.length && lane.events[end].start <= to) end++;
     bars(c, lane, lane.events.slice(start, end), x, scale, width);
   }
-  view.kept = {key, picture};
-  return picture;
+  view.kept = {key, pictures};
+  return pictures;
 }
 
 function scaledContext(canvas, dots) {
@@ -152,13 +157,13 @@ function bars(c, lane, events, x, scale, width) {
 }
 
 function name(c, event, lane, left, right) {
-  const part = partOf(event), text = event.layer === null ? "" : lane.height === LANE ? `${event.layer} ${SHORT[part]}` : String(event.layer);
+  const text = event.layer === null ? "" : `${event.layer} ${lane.height === LANE ? SHORT[partOf(event)] : ""}`;
   c.font = "11px system-ui, sans-serif";
   c.textBaseline = "middle"; c.textAlign = "left"; c.fillStyle = colours.ground;
   if (text && c.measureText(text).width < right - left - 8) c.fillText(text, left + 4, lane.top + lane.height / 2 + 0.5);
 }
 
-const SHORT = {attention: "attention", routed: "routed", shared: "shared", mlp: "MLP", none: "", counts: "", dispatch: "", combine: ""};
+const SHORT = {attention: "attention", routed: "routed", shared: "shared", mlp: "MLP"};
 
 /** Under the events of the selected layer, so that thin ones are found. */
 function underline(c, lane, events, x) {
@@ -180,7 +185,9 @@ function idle(c, view, x) {
     c.save();
     c.beginPath(); c.rect(left, lane.top, wide, lane.height); c.clip();
     c.beginPath();
-    for (let at = left - lane.height; at < right; at += 6) { c.moveTo(at, lane.top + lane.height); c.lineTo(at + lane.height, lane.top); }
+    for (let at = left - lane.height; at < right; at += 6) {
+      c.moveTo(at, lane.top + lane.height); c.lineTo(at + lane.height, lane.top);
+    }
     c.stroke(); c.restore();
   }
 }
@@ -215,7 +222,7 @@ function nice(step) {
 
 /** As many decimals as the step needs. */
 function tick(at, step) {
-  const [unit, size] = [["s", 1], ["ms", 1e-3], ["µs", 1e-6], ["ns", 1e-9]].find(([, size]) => step >= size * 0.05) ?? ["ns", 1e-9];
+  const [unit, size] = TIMES.find(([, size]) => step >= size * 0.05) ?? TIMES.at(-1);
   return `${(at / size).toFixed(Math.max(0, Math.ceil(-Math.log10(step / size) - 1e-9)))} ${unit}`;
 }
 
@@ -293,8 +300,8 @@ function listen(view) {
   let drag = null;
   canvas.addEventListener("wheel", event => {
     if (Math.abs(event.deltaX) > Math.abs(event.deltaY)) move(pair, event.deltaX / 800);
-    else if (event.ctrlKey || document.activeElement === canvas) zoom(pair, Math.exp(-event.deltaY / 300), timeAt(event) - view.shift);
-    else return;
+    else if (!event.ctrlKey && document.activeElement !== canvas) return;
+    else zoom(pair, Math.exp(-event.deltaY / 300), timeAt(event) - view.shift);
     event.preventDefault();
   }, {passive: false});
   canvas.addEventListener("pointerdown", event => {
@@ -334,7 +341,8 @@ function eventAt(view, mouse, time) {
   if (!lane) return null;
   const near = 3 * (view.pair.to - view.pair.from) / (box.width - GUTTER);
   const at = firstAfter(lane.events, time);
-  return [lane.events[at], lane.events[at - 1]].find(e => e && e.start - near <= time && time <= e.start + e.seconds + near) ?? null;
+  const under = e => e && e.start - near <= time && time <= e.start + e.seconds + near;
+  return [lane.events[at], lane.events[at - 1]].find(under) ?? null;
 }
 
 function tipOfEvent(view, event) {
