@@ -34,6 +34,7 @@ from .view import model_explorer
 _open: ContextVar[tuple[Folder, ...]] = ContextVar("farskip_dump_graphs", default=())
 _MOST = 60              # characters of a graph's name
 _UNKNOWN_SIZE = 8       # of what is only known when the program runs
+_WANT_GRAPHS = ("tag_activation_checkpoint", "autograd_function_apply")    # and not just modules
 
 
 @contextmanager
@@ -94,7 +95,8 @@ class Compile:
         self._before: list[dict] | None = None          # the nodes that ``rewire`` gets
         self._described = [_described(x) for x in example_inputs]
         self._inputs: dict[Folder, str] = {}
-        values = [x.detach() if isinstance(x, torch.Tensor) else x for x in example_inputs]
+        values = [x.detach() if isinstance(x, torch.Tensor) else _size(x) if isinstance(x, torch.SymInt) else x
+                  for x in example_inputs]
         if all(map(_can_be_saved, values)):             # now, before the program writes to one of them
             for folder in folders:
                 if folder.save_inputs and (path := folder.new(f"{self._name}_inputs", ".pt", rank)):
@@ -172,8 +174,8 @@ class _Module:
         graph.output(graph.graph_copy(gm.graph, {}))        # a copy has its arguments one by one, whatever they are here
         code = graph.python_code("self")
         attributes = {n.target: False for n in graph.nodes if n.op in ("get_attr", "call_module")}
-        # These want a graph module; one that Dynamo wrote traces to itself.
-        attributes |= {n.args[0].target: True for n in graph.nodes if n.target is torch.ops.higher_order.tag_activation_checkpoint}
+        attributes |= {a.target: True for n in graph.nodes if getattr(n.target, "__name__", "") in _WANT_GRAPHS
+                       for a in n.all_input_nodes if a.op == "get_attr"}
         lines = [self._attribute(name, target, gm, traced) for target, traced in attributes.items()]
         for node in graph.nodes:
             self._import_for(node)
@@ -182,7 +184,7 @@ class _Module:
                 self._import(known, value)
         self._classes.append(f"class {name}(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
                              + "".join(f"        {line}\n" for line in lines) + "\n"
-                             + textwrap.indent(code.src.strip("\n"), "    ") + "\n")
+                             + textwrap.indent(code.src.strip(), "    ") + "\n")
 
     def _attribute(self, name: str, target: str, gm: GraphModule, traced: bool) -> str:
         value = gm
@@ -191,7 +193,7 @@ class _Module:
         if isinstance(value, GraphModule):
             inner = f"{name}_{len(self._classes)}_{re.sub(r'[^0-9A-Za-z]+', '_', target)[:_MOST]}"
             self._class(inner, value)
-            return f"_put(self, {target!r}, {f'torch.fx.symbolic_trace({inner}())' if traced else f'{inner}()'})"
+            return f"_put(self, {target!r}, {f'_traced({inner}())' if traced else f'{inner}()'})"
         if isinstance(value, torch.Tensor) and type(value) is torch.Tensor and _can_be_saved(value):
             self.constants[f"{name}.{target}"] = value.detach()
             return f"_put(self, {target!r}, _constants()[{name + '.' + target!r}])"
@@ -308,6 +310,11 @@ def _put(module, name, value):
             setattr(module, part, torch.nn.Module())
         module = getattr(module, part)
     setattr(module, last, value)
+
+
+def _traced(module):
+    with torch.enable_grad():       # straight-line code traces to itself, but for the switches in it
+        return torch.fx.symbolic_trace(module)
 
 
 def _tensor(shape, stride, dtype, device, seed):
