@@ -23,6 +23,7 @@ class Shown:
         self._report = report
         self._dump = dumps.begin(report.graph, example_inputs, rank=report.rank)
         self._scheduled = 0
+        self._reported = False
 
     @property
     def uuid(self) -> str:
@@ -40,9 +41,12 @@ class Shown:
         name = ("forward", "backward")[self._scheduled] if self._scheduled < 2 else f"graph_{self._scheduled}"
         self.graph(f"{when}_schedule_{name}", gm)
         self._scheduled += when == "after"
+        if self._reported and when == "after":      # a backward that is compiled when it first runs
+            self.report()
 
     def report(self) -> None:
         """tlparse 0.4 shows text and JSON. The page is a text there, to be saved as ``.html``."""
+        self._reported = True
         trace_artifact("farskip_report", lambda: str(self._report))
         trace_artifact("farskip_report_data", lambda: json.dumps(self._report.to_dict()), encoding="json")
         trace_artifact("farskip_report.html", self._page)

@@ -204,8 +204,8 @@ class _Module:
 
     def _import_for(self, node: Node) -> None:
         """Operations that exist only once a module was imported."""
-        if isinstance(node.target, torch._ops.OpOverload):
-            module = module_of_op(node.target._schema.name)
+        if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            module = module_of_op("::".join(str(node.target).split(".")[:2]))
         else:
             module = getattr(node.target, "__module__", None) if node.op == "call_function" else None
             module = module if (module or "").startswith("torch.") else None

@@ -350,6 +350,33 @@ def test_dump_of_hostile_names_and_constants(tmp_path):
     assert torch.equal(module.run(), module.inputs()[0] + 5)
 
 
+@torch.library.custom_op("farskip_formats::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize("op", [torch.ops.farskip_formats.twice, torch.ops.farskip_formats.twice.default])
+def test_dump_imports_what_registers_an_operation(op, tmp_path):
+    with dump_graphs(tmp_path) as files:
+        dump_something("graph", op)
+    module = load(files.paths[0])
+    assert f"\nimport {__name__}\n" in files.paths[0].read_text()
+    assert torch.equal(module.run(), 2 * module.inputs()[0])
+
+
+def test_report_comes_again_with_a_backward_that_is_compiled_later(listener):
+    seen = Shown(Report(graph="graph", config=FarskipConfig()), [])
+    gm = fx.symbolic_trace(nn.ReLU())
+    seen.schedule("before", gm)
+    seen.schedule("after", gm)
+    assert "farskip_report" not in listener.found
+    seen.report()
+    listener.found.pop("farskip_report")
+    seen.schedule("before", gm)
+    seen.schedule("after", gm)
+    assert {"farskip_after_schedule_forward", "farskip_before_schedule_backward", "farskip_report"} <= set(listener.found)
+
+
 @pytest.mark.slow
 def test_dumps_of_a_schedule(program, tmp_path):
     model, ids = program
