@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -34,7 +35,7 @@ from .passes.reasons import Reason
 from .passes.residual import NoStream, find_streams
 from .passes.rewire import rewire
 from .passes.split import split_attention
-from .report import Report, record
+from .report import Report, rank, record
 
 
 def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None = None,
@@ -57,7 +58,9 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     where = frame.compiling()
     marked = marker.consume(gm.graph)
     config = _settle(options, marked, where.saved)
-    report = Report(graph=where.name, config=config, marked=marked is not None, nodes=len(gm.graph.nodes))
+    report = Report(graph=where.name, config=config, marked=marked is not None, nodes=len(gm.graph.nodes), rank=rank(),
+                    model=type(where.module).__name__ if where.module is not None else "",
+                    module=weakref.ref(where.module) if where.module is not None else None)
     record(report)
     shown = Shown(report, example_inputs)
     if config.names or config.overlap and config.inner != "eager":      # without overlap exchanges may run twice

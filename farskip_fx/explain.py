@@ -191,7 +191,8 @@ class _Tracer:
             launch_means_early(graph.graph)
             new.append(schedule(graph.graph, rates=rates))
         return tuple(Phase(name=name, before=one.before, after=other.after if self.config.overlap else other.before,
-                           bound_s=other.bound_s, reason=other.reason) for name, one, other in zip(PHASES, old, new))
+                           bound_s=other.bound_s, reason=other.reason, operations=other.operations)
+                     for name, one, other in zip(PHASES, old, new))
 
 
 def _mark(gm: GraphModule) -> tuple[Found, ...]:

@@ -143,13 +143,16 @@ class _Grow:
             return dataclasses.replace(row, **moved, name=f"{row.name}+{n}" if n else row.name, needed_by=_later(row.needed_by, by),
                                        behind=tuple(_later(name, by) for name in row.behind))
 
+        begins, ends = self._steady(line)
+
         def grown(rows: Sequence) -> list:
             out = []
             for row in rows:
                 where = row.layer
-                if where is None and hasattr(row, "start"):
-                    behind = row.start >= self._turn(line)
-                    out.append(dataclasses.replace(row, start=row.start + (more if behind else 0.0)))
+                if where is None and hasattr(row, "start"):     # of the stream itself: it belongs where it stands
+                    steady = begins <= row.start < ends
+                    shifts = [n * each for n in range(self.times + 1)] if steady else [more if row.start >= ends else 0.0]
+                    out += [dataclasses.replace(row, start=row.start + shift) for shift in shifts]
                 elif where is None:
                     out.append(row)
                 elif self.first <= where < self.last:
@@ -183,10 +186,11 @@ class _Grow:
             return 0.0
         return abs(starts[other] - starts[one])
 
-    def _turn(self, line: Timeline) -> float:
-        """When what is repeated is over: events of no layer that come later move."""
+    def _steady(self, line: Timeline) -> tuple[float, float]:
+        """From when to when runs what is repeated."""
         starts = self._starts(line)
-        return starts.get(self.last if self._forward(line) else self.first, 0.0)
+        one, other = (self.first, self.last) if self._forward(line) else (self.first, self.first - self.period)
+        return starts.get(one, 0.0), starts.get(other, starts.get(one, 0.0))
 
 
 def _later(path: str, by: int) -> str:

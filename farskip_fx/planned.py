@@ -24,13 +24,14 @@ from .passes._torch import fake_store
 
 
 def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training: bool = False, ep: int = 1,
-            exchange: str = "all_to_all") -> tuple[nn.Module, dict]:
+            exchange: str = "all_to_all", weights: bool = False) -> tuple[nn.Module, dict]:
     """The model of ``source``, split over groups of ``ep`` ranks (see ``ranks_for``), and inputs to call it with.
 
     Args:
         source: a Hugging Face ``config.json`` or the folder with it, or a Python file with ``build()``.
         tokens, batch: of the inputs, where the source has none.
         ep: ranks that its experts are split over.
+        weights: a configuration's weights are drawn at random, the same on every rank; False: there are none.
 
     Raises:
         ConfigError: says what is wrong with ``source``.
@@ -38,7 +39,7 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"{source} is not there; give a config.json, the folder with it, or a Python file with build()")
-    model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path), None)
+    model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path, weights), None)
     model.train(training)
     if ep > 1:
         expert_parallel(model, _own_group(ep), exchange=exchange)
@@ -46,16 +47,18 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
         # Kernels are chosen by device. Memory that is never touched is never taken.
         model.to_empty(device="cpu")
     if inputs is None:
-        inputs = {"input_ids": torch.zeros(batch, tokens, dtype=torch.long), "use_cache": False}
+        most = model.config.get_text_config().vocab_size
+        inputs = {"input_ids": torch.randint(most, (batch, tokens)) if weights else torch.zeros(batch, tokens, dtype=torch.long),
+                  "use_cache": False}
     return model, inputs
 
 
 @contextmanager
-def ranks_for(ep: int) -> Iterator[None]:
+def ranks_for(ep: int, *, real: bool = False) -> Iterator[None]:
     """Ranks to trace on: under torchrun those of the run; else ``ep`` ranks of which only this one, rank 0, exists.
 
     Raises:
-        ConfigError: ``ep`` does not divide the ranks of the run.
+        ConfigError: ``ep`` does not divide the ranks of the run, or there is no run and it must be ``real``.
     """
     if dist.is_initialized():
         yield
@@ -63,8 +66,10 @@ def ranks_for(ep: int) -> Iterator[None]:
     launched = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     if launched and int(os.environ["WORLD_SIZE"]) % ep:
         raise ConfigError(f"--ep {ep} does not divide the {os.environ['WORLD_SIZE']} ranks of this run")
+    if real and not launched and ep > 1:
+        raise ConfigError(f"--ep {ep} needs {ep} ranks: torchrun --nproc-per-node {ep} -m farskip_fx.cli ...")
     if launched:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if real and torch.cuda.is_available() else "gloo")
     elif ep > 1:
         dist.init_process_group("fake", rank=0, world_size=ep, store=fake_store())
     try:
@@ -83,12 +88,13 @@ def _own_group(ep: int) -> dist.ProcessGroup:
     return groups[dist.get_rank() // ep]
 
 
-def _configured(path: Path) -> nn.Module:
+def _configured(path: Path, weights: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device("cpu" if weights else "meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} is no configuration of a causal language model that transformers knows: {error}") from error

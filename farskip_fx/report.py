@@ -42,6 +42,7 @@ class Phase:
     after: Timeline
     bound_s: float          # no order of the rewired graph is faster
     reason: str = ""        # why the order stayed, if it did
+    operations: dict[str, float] = field(default_factory=dict)      # of ``after``: seconds of compute by kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class Report:
         """What ``explain`` predicted, or what the schedules of a compile are."""
         return self.explained or tuple(
             Phase(name=("forward", "backward")[i] if i < 2 else f"graph {i}", before=s.before, after=s.after, bound_s=s.bound_s,
-                  reason=s.reason) for i, s in enumerate(self.schedules))
+                  reason=s.reason, operations=s.operations) for i, s in enumerate(self.schedules))
 
     def summary(self) -> str:
         """One line, as the README shows it."""
@@ -135,10 +136,14 @@ class Report:
         from .view.html import page
         return _write(path, page(self.to_dict()))
 
-    def to_trace(self, path: str | Path) -> Path:
-        """Write the predicted timelines as a Chrome trace, for Perfetto and Holistic Trace Analysis."""
+    def to_trace(self, path: str | Path, measured: dict | str | Path | None = None) -> Path:
+        """Write the predicted timelines as a Chrome trace, for Perfetto and Holistic Trace Analysis.
+
+        Args:
+            measured: torch.profiler's trace (or its path) to draw them beside; ``farskip_fx.profile`` has one.
+        """
         from .view.trace import trace
-        return _write(path, json.dumps(trace(self.to_dict())))
+        return _write(path, json.dumps(trace(self.to_dict(), measured)))
 
     def _options(self) -> dict:
         options = {**self.config.to_dict(), "data_parallel": self.config.data_parallel is not None}

@@ -28,7 +28,7 @@ Steps
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -65,6 +65,7 @@ class Schedule:
     items: int = 0
     barriers: int = 0
     reason: str = ""        # why the order stayed, if it did
+    operations: dict[str, float] = field(default_factory=dict)      # seconds of compute by kernel, "loops" for fused ones
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
@@ -130,7 +131,17 @@ def schedule(graph: Graph, *, rates: Rates, max_memory: int | None = None,
     return Schedule(
         order=tuple(n.name for n in best), before=program.timeline(nodes, before, peak_before),
         after=program.timeline(best, after, peak), moved=moved, compute_s=sum(seconds.values()), link_s=sum(links.values()),
-        bound_s=min(program.bound(), after.end), items=len(program.items.seconds), barriers=rules.barriers, reason=reason)
+        bound_s=min(program.bound(), after.end), items=len(program.items.seconds), barriers=rules.barriers, reason=reason,
+        operations=_operations(seconds))
+
+
+def _operations(seconds: dict[Node, float]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for node, own in seconds.items():
+        if own:
+            name = "loops" if costs.is_light(node) else costs.op_name(node)
+            sums[name] = sums.get(name, 0.0) + own
+    return sums
 
 
 # --- 1. dependencies ---------------------------------------------------------------------------------------------

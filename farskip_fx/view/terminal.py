@@ -52,13 +52,13 @@ def _changes(report: dict, console: Console, changes: Sequence[dict]) -> None:
     """The edges that lead elsewhere; those of layers that differ in their number only stand in one row."""
     if not changes:
         return
-    table = _table("changed edges", "layer", "block", "operation", "reads", "instead of", "source")
+    drawn = table("changed edges", "layer", "block", "operation", "reads", "instead of", "source")
     for group in _folded(changes):
         first, more = group[0], ", ..." if len(group) > 1 else ""
-        table.add_row(_range([c["layer"] for c in group]), *(Text(plain(t)) for t in (
+        drawn.add_row(_range([c["layer"] for c in group]), *(Text(plain(t)) for t in (
             first["block"], f"{first['op']} ({first['node']}{more})", first["now"] + more, first["was"] + more,
             first["source"].partition(" in ")[0])))
-    console.print(table)
+    console.print(drawn)
 
 
 def _folded(changes: Sequence[dict]) -> list[list[dict]]:
@@ -83,14 +83,14 @@ def _folded(changes: Sequence[dict]) -> list[list[dict]]:
 def _phases(report: dict, console: Console, sides: Sequence[str]) -> None:
     if not report["phases"]:
         return
-    table = _table("predicted", "phase", "", "time", "exposed", "communication", "peak memory", right=4)
+    drawn = table("predicted", "phase", "", "time", "exposed", "communication", "peak memory", right=4)
     for phase in report["phases"]:
         for side in sides:
             line = phase[side]
-            table.add_row(phase["name"], side, milliseconds(line["seconds"]), milliseconds(line["exposed_s"]),
+            drawn.add_row(phase["name"], side, milliseconds(line["seconds"]), milliseconds(line["exposed_s"]),
                           milliseconds(sum(c["seconds"] for c in line["collectives"])), megabytes(line["peak_bytes"]))
-        table.add_row("", "bound", milliseconds(phase["bound_s"]), "", "", "")
-    console.print(table)
+        drawn.add_row("", "bound", milliseconds(phase["bound_s"]), "", "", "")
+    console.print(drawn)
     for phase in report["phases"]:
         if phase["reason"]:
             console.print(Text(f"{phase['name']}: the order stayed: {plain(phase['reason'])}"))
@@ -108,16 +108,16 @@ def _exposed(phase: dict, console: Console, sides: Sequence[str]) -> None:
         if not groups:
             continue
         ordered = sorted(groups.values(), key=lambda rows: -sum(r["exposed_s"] for r in rows))
-        table = _table(f"exposed, {phase['name']} {side}", "collective", "waited for by", "bytes", "takes", "exposed",
+        drawn = table(f"exposed, {phase['name']} {side}", "collective", "waited for by", "bytes", "takes", "exposed",
                        "free to run meanwhile", right=4)
         for rows in ordered[:_MOST]:
             first = rows[0]
             layers = [r["layer"] for r in rows if r["layer"] is not None]
             name = f"{part_of(first)} of layer{'s' if len(layers) > 1 else ''} {_range(layers)}" if layers else plain(first["name"])
-            table.add_row(Text(name), Text(plain(first["needed_by"]) + (", ..." if len(rows) > 1 else "")),
+            drawn.add_row(Text(name), Text(plain(first["needed_by"]) + (", ..." if len(rows) > 1 else "")),
                           megabytes(first["bytes"]), milliseconds(first["seconds"]), milliseconds(first["exposed_s"]),
                           milliseconds(first["free_s"]))
-        console.print(table)
+        console.print(drawn)
 
 
 def _agreed(report: dict, console: Console) -> None:
@@ -184,13 +184,13 @@ def _range(layers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _table(title: str, *columns: str, right: int = 0) -> Table:
+def table(title: str, *columns: str, right: int = 0) -> Table:
     """``right``: how many of the last columns are figures."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(columns):
         figures = i >= len(columns) - right
-        table.add_column(name, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
-    return table
+        drawn.add_column(name, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
+    return drawn
 
 
 def milliseconds(seconds: float) -> str:
