@@ -1,5 +1,5 @@
 """The command line: ``farskip explain`` says what would happen to a model, ``farskip diff`` compares two reports, ``farskip
-bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries, ``farskip sensitivity`` chooses layers.
+profile`` sets measured beside predicted, ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries, ``farskip sensitivity`` chooses layers.
 
 A verb is a function that adds its options and one that runs; VERBS lists them.
 """
@@ -99,6 +99,14 @@ examples:
   farskip explain config.json --json > a.json; farskip explain config.json --connectivity mlp_only --json > b.json
   farskip diff a.json b.json"""
 
+PROFILE_TEXT = """\
+Compile a model with random weights, run a few steps under torch.profiler, and set what each collective leaves exposed beside
+what the schedule predicted; then say which cost was most wrong, and the rates to schedule with. Every rank runs it:
+
+  torchrun --nproc-per-node 2 -m farskip_fx.cli profile config.json --ep 2 --train --trace build/measured.json
+
+MODEL is as for farskip explain. For a model of your own with its weights: farskip_fx.profile(step, model)."""
+
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -160,6 +168,28 @@ def run_explain(args: argparse.Namespace) -> int:
                             options=options, fold=not args.no_fold, predict=not args.no_predict)
     sides = ("before",) if args.before else ("after",) if args.after else ("before", "after")
     show(report, screen(), layer=args.layer, sides=sides, as_json=args.json, html=args.html, trace=args.trace)
+    return 0
+
+
+def add_profile(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("profile", help="measured beside predicted: exposed communication, and which cost is wrong",
+                            description=PROFILE_TEXT, formatter_class=argparse.RawTextHelpFormatter)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="config.json, a folder with one, or a Python file with build()")
+    verb.add_argument("--connectivity", default="farskip", metavar="NAME", help="as in explain (farskip)")
+    verb.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that the experts are split over")
+    verb.add_argument("--tokens", type=int, default=2048, metavar="N", help="of a sequence (2048)")
+    verb.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
+    verb.add_argument("--train", action="store_true", help="forward and backward")
+    verb.add_argument("--steps", type=int, default=3, metavar="N", help="under the profiler (3)")
+    verb.add_argument("--rates", choices=tuple(PRESETS), help="of device and link (one CPU core and a slow link)")
+    verb.add_argument("--trace", type=Path, metavar="PATH", help="write torch.profiler's trace with the predicted lanes")
+    verb.set_defaults(run=run_profile)
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    from .profile_command import run as run_it
+    run_it(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, steps=args.steps,
+           options={"connectivity": args.connectivity, **({"rates": PRESETS[args.rates]} if args.rates else {})}, trace=args.trace)
     return 0
 
 
@@ -310,7 +340,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_explain, add_diff, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
+VERBS = (add_explain, add_diff, add_profile, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
 
 if __name__ == "__main__":
     sys.exit(main())
