@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.fx import GraphModule
 
 from . import backend, frame
@@ -122,20 +122,24 @@ def _traced(owner: nn.Module, forward: Callable, tracer: _Tracer) -> Iterator[No
     def traced(*args, **kwargs):
         return forward(*args, **kwargs)
 
-    compiled = torch.compile(traced, backend=tracer, **COMPILED_APART)
     scope = prepare(owner)
 
     def run(*args, **kwargs):
         install_capture_hooks(owner, kwargs)
         once = getattr(logging.Logger, "warning_once", warnings.warn)
-        try:
-            with scope(), ignored_in_graphs(warnings.warn, once), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)        # Dynamo's remarks on the model's code
-                compiled(*args, **kwargs)
-        except BackendCompilerFailed as error:
-            if not isinstance(error.inner_exception, _Traced):
-                raise error.inner_exception from error
-        raise _Done
+        with scope(), ignored_in_graphs(warnings.warn, once), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)        # Dynamo's remarks on the model's code
+            for whole in (False, True):     # where Dynamo gave up on the frame, the second time says why
+                compiled = torch.compile(traced, backend=tracer, fullgraph=whole, **COMPILED_APART)
+                try:
+                    compiled(*args, **kwargs)
+                except BackendCompilerFailed as error:
+                    if not isinstance(error.inner_exception, _Traced):
+                        raise error.inner_exception from error
+                except Unsupported as error:
+                    tracer.broken(str(error))
+                if tracer.report is not None:
+                    raise _Done
 
     own = owner.__dict__.get("forward")
     owner.forward = run
@@ -181,6 +185,14 @@ class _Tracer:
         report.config = self.config
         self.report = report
         raise _Traced
+
+    def broken(self, why: str) -> None:
+        """Dynamo made no graph at all."""
+        lines = [line.strip() for line in why.splitlines() if line.strip()]
+        at = next((line for line in reversed(lines) if line.startswith("File ")), "")
+        self.report = Report(graph=self.name, config=self.config, unchanged=Reason(
+            "graph_break", f"The graph breaks{at and f' at {at}'}: {lines[0] if lines else 'no reason given'}. Remove what breaks it "
+            "(run with TORCH_LOGS=graph_breaks)"))
 
     def _phases(self, before: GraphModule, after: GraphModule, example_inputs: list) -> tuple[Phase, ...]:
         rates = self.config.rates or Rates()

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ class Report:
     def to_dict(self) -> dict:
         """Everything that a view draws, as JSON values. ``farskip_fx.view`` says what is in it."""
         each = self.config.of_layers(len(self.layers)) if self.layers else ()
-        return {
+        return _json({
             "version": VERSION, "model": self.model, "graph": self.graph, "rank": self.rank, "summary": self.summary(),
             "unchanged": None if self.unchanged is None else {"code": self.unchanged.code, "text": self.unchanged.text},
             "options": self._options(),
@@ -126,7 +127,7 @@ class Report:
                        "functionalized": self.functionalized, "attention_split": self.split, "buckets": self.buckets},
             "seconds": dict(self.seconds),
             "errors": [f"{type(e).__name__}: {e}" for e in self.errors],
-        }
+        })
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -146,8 +147,7 @@ class Report:
         return _write(path, json.dumps(trace(self.to_dict(), measured)))
 
     def _options(self) -> dict:
-        options = {**self.config.to_dict(), "data_parallel": self.config.data_parallel is not None}
-        return json.loads(json.dumps(options))
+        return {**self.config.to_dict(), "data_parallel": self.config.data_parallel is not None}
 
     def _layer(self, layer, connectivity: str) -> dict:
         blocks = [dataclasses.asdict(b) for b in self.found if b.layer == layer.index]
@@ -157,6 +157,13 @@ class Report:
         return {"index": layer.index, "kind": layer.kind, "label": layer.label, "connectivity": connectivity,
                 "requested": layer.requested, "rewired": layer.rewired, "refused": None if layer.reason is None else
                 {"code": layer.reason.code, "text": layer.reason.text}, "reads": reads, "blocks": blocks}
+
+
+def _json(value):
+    """Tuples and mappings of our own as what JSON has."""
+    if isinstance(value, Mapping):
+        return {str(k): _json(v) for k, v in value.items()}
+    return [_json(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def _write(path: str | Path, text: str) -> Path:
