@@ -1,6 +1,7 @@
 """farskip_fx: FarSkip connectivity for Mixture-of-Experts models, as a torch.compile graph transformation."""
 from .agreement import check_agreement
 from .backend import farskip_backend
+from .bisect import Bisection, bisect
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import FarskipConfig
 from .connectivity import register_connectivity
@@ -20,10 +21,10 @@ from .report import Report, last_reports
 from .verify import Verification, verify
 
 __all__ = [
-    "CheckpointError", "CollectiveError", "ConfigError", "DataParallel", "FarskipConfig", "FarskipError",
+    "Bisection", "CheckpointError", "CollectiveError", "ConfigError", "DataParallel", "FarskipConfig", "FarskipError",
     "FarskipWarning", "GradientError", "NoMoEError", "Profile", "Rates", "RefusedError", "Report", "SplitModelError",
-    "Verification", "WrongConnectivityError", "apply", "check_agreement", "clip_grad_norm_", "data_parallel", "dump_graphs",
-    "expert_parallel", "expert_parameters", "explain", "farskip", "farskip_backend", "from_pretrained", "full_state_dict",
+    "Verification", "WrongConnectivityError", "apply", "bisect", "check_agreement", "clip_grad_norm_", "data_parallel",
+    "dump_graphs", "expert_parallel", "expert_parameters", "explain", "farskip", "farskip_backend", "from_pretrained", "full_state_dict",
     "gather_experts", "guarded", "last_reports", "latest_checkpoint", "load_checkpoint", "load_full_state_dict", "no_sync",
     "profile", "reduce_gradients", "register_connectivity", "remove", "save_checkpoint", "verify",
 ]

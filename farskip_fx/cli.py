@@ -1,5 +1,5 @@
 """The command line: ``farskip explain`` says what would happen to a model, ``farskip diff`` compares two reports, ``farskip
-profile`` sets measured beside predicted, ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries, ``farskip sensitivity`` chooses layers.
+profile`` sets measured beside predicted, ``farskip bisect`` finds what is wrong, ``farskip bench`` measures, ``farskip demo`` shows, ``farskip distill`` trains, ``farskip sweep`` tries, ``farskip sensitivity`` chooses layers.
 
 A verb is a function that adds its options and one that runs; VERBS lists them.
 """
@@ -107,6 +107,17 @@ what the schedule predicted; then say which cost was most wrong, and the rates t
 
 MODEL is as for farskip explain. For a model of your own with its weights: farskip_fx.profile(step, model)."""
 
+BISECT_TEXT = """\
+Find by halving what makes a converted model compute something else than its connectivity says, or run slower than stock: the
+stage (rewire, AOTAutograd, Inductor, schedule, fence, attention in parts, or a cache), the layer, and the half of it; and write
+the smallest reproducer as a script, which exits with 1 as long as it is wrong. Exit status: 0 if nothing is wrong, else 1.
+
+MODEL is as for farskip explain; weights are drawn at random, unless its build() loads them. Every rank runs it:
+
+  torchrun --nproc-per-node 2 -m farskip_fx.cli bisect config.json --ep 2 --train
+
+For a model of your own in Python: farskip_fx.bisect(model, **inputs)."""
+
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -191,6 +202,27 @@ def run_profile(args: argparse.Namespace) -> int:
     run_it(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, steps=args.steps,
            options={"connectivity": args.connectivity, **({"rates": PRESETS[args.rates]} if args.rates else {})}, trace=args.trace)
     return 0
+
+
+def add_bisect(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("bisect", help="which stage, layer and half makes outputs wrong, or the model slower; a reproducer",
+                            description=BISECT_TEXT, formatter_class=argparse.RawTextHelpFormatter)
+    verb.add_argument("model", type=Path, metavar="MODEL", help="config.json, a folder with one, or a Python file with build()")
+    verb.add_argument("--connectivity", default="farskip", metavar="NAME", help="as in explain (farskip)")
+    verb.add_argument("--inner", default="inductor", metavar="NAME", help="inductor (usual), aot_eager or eager: how far to look")
+    verb.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that the experts are split over")
+    verb.add_argument("--tokens", type=int, default=128, metavar="N", help="of a sequence (128)")
+    verb.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
+    verb.add_argument("--train", action="store_true", help="gradients too")
+    verb.add_argument("--slower", action="store_true", help="ask for time instead of outputs")
+    verb.add_argument("--output", type=Path, default=Path("bisect"), metavar="FOLDER", help="of the script (bisect)")
+    verb.set_defaults(run=run_bisect)
+
+
+def run_bisect(args: argparse.Namespace) -> int:
+    from .bisect_command import run as run_it
+    return run_it(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, slower=args.slower,
+                  options={"connectivity": args.connectivity, "inner": args.inner}, output=args.output)
 
 
 def add_diff(verbs: argparse._SubParsersAction) -> None:
@@ -340,7 +372,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_explain, add_diff, add_profile, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
+VERBS = (add_explain, add_diff, add_profile, add_bisect, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
 
 if __name__ == "__main__":
     sys.exit(main())
