@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo bench test test-all families gpu-check clean
+.PHONY: setup demo bench test test-all families pictures gpu-check clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,10 @@ gpu-check: setup
 # docs/families.md: which model families are exact, which are refused and why; a few minutes on one core.
 families: setup
 	$(BIN)/python tests/families_table.py
+
+# The pictures of docs/report.md; needs Chromium.
+pictures: setup
+	$(BIN)/python tests/report_pictures.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .checkpointing import TAGS
 from .dataflow import value_of
 
-_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", *TAGS)
+_KEPT_META = ("custom", "nn_module_stack", "stack_trace", "source_fn_stack", *TAGS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ Steps
     2 rewire  without compiling: the rewiring report, the model's exchanges
     3 rates   compile stock, time it on the fast link, find the link rate for every comm/compute ratio
     4 compile the other variants, each checked against the reference
-    5 time    all variants and the exchanges alone, round robin
+    5 time    all variants and the exchanges alone, round robin; then farskip under torch.profiler
     6 figures
 """
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Measurement:
         self.steps: dict[str, Step] = {}
         self.facts: dict[str, dict[str, float]] = {}        # by label: compile_s, max_diff, ...
         self.schedules: dict[str, list[dict]] = {}
+        self.reports: dict[str, Any] = {}
+        self.exposures: dict[str, dict] = {}
 
     def run(self) -> dict[str, Any]:
         self.build()
@@ -186,7 +188,7 @@ class Measurement:
         step.reset()
         self.steps[label], self.facts[label] = step, facts
         if name == "farskip":
-            self.schedules[label] = product.schedules()
+            self.schedules[label], self.reports[label] = product.schedules(), product.last_report()
         if self.rank == 0:
             self.parent.tell("compiled", mode=self.mode, label=label, schedules=self.schedules.get(label), **facts)
 
@@ -223,8 +225,30 @@ class Measurement:
             labels = everywhere + [label_of(name, ratio) for name in ours]
             conditions.append(Condition(f"{ratio:g}", self.links[ratio].rate, tuple(labels)))
         timed = {**self.steps, COMM: self.replay}
-        return interleave(timed, conditions, self.set_rate, rounds=self.spec.rounds, budget_s=self.spec.budget_s,
-                          say=lambda text: self.parent.say(f"{self.mode}: timing, {text}"))
+        times = interleave(timed, conditions, self.set_rate, rounds=self.spec.rounds, budget_s=self.spec.budget_s,
+                           say=lambda text: self.parent.say(f"{self.mode}: timing, {text}"))
+        self.profile()
+        return times
+
+    def profile(self) -> None:
+        """Where compute stands still, collective by collective, beside what the schedule predicted."""
+        for ratio in self.spec.ratios:
+            label = label_of("farskip", ratio)
+            if not getattr(self.reports.get(label), "schedules", None):      # ``inner`` may have no schedule
+                continue
+            self.parent.say(f"{self.mode}: profiling farskip at comm/compute {ratio:g}")
+            self.set_rate(self.links[ratio].rate)
+
+            def step(one: Step = self.steps[label]) -> None:
+                one.reset()
+                for phase in one.phases():
+                    phase()
+
+            found = product.exposed(self.reports[label], step)
+            measured = torch.tensor(found["measured_ms"])
+            dist.all_reduce(measured)                       # a rank waits for the other's lateness, too
+            self.exposures[label] = {**found, "measured_ms": measured.item() / self.spec.world}
+        self.set_rate(None)
 
     # 6 figures
     def figures(self, times: dict[tuple[str, str], Spread]) -> dict[str, Any]:
@@ -278,6 +302,7 @@ class Measurement:
             "link_rates": self.rates[ratio], "rate_bits": self.links[ratio].rate,
             "rate_is_close": self.links[ratio].close,
             "schedules": self.schedules.get(label_of("farskip", ratio), []), "hidden": None,
+            "exposed": self.exposures.get(label_of("farskip", ratio)),
             "hidden_inner": None, "hidden_of_possible": None,
         }
         if "farskip" in by_name:

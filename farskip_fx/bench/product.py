@@ -51,7 +51,7 @@ def layers() -> list[dict]:
     return [{"index": layer.index, "attention_reads": layer.attention_reads, "mlp_reads": layer.mlp_reads,
              "rewired": layer.rewired, "reason": None if layer.reason is None else str(layer.reason),
              "attention_read_before": layer.attention_read_before, "mlp_read_before": layer.mlp_read_before}
-            for layer in _last_report().layers]
+            for layer in last_report().layers]
 
 
 def schedules() -> list[dict]:
@@ -60,10 +60,22 @@ def schedules() -> list[dict]:
                               "hidden_ms": c.hidden_s * 1e3, "exposed_ms": c.exposed_s * 1e3, "behind": list(c.behind)}
                              for c in schedule.collectives],
              "predicted_ms": schedule.after_s * 1e3, "bound_ms": schedule.bound_s * 1e3}
-            for schedule in _last_report().schedules]
+            for schedule in last_report().schedules]
 
 
-def _last_report() -> Any:
+def exposed(report: Any, step: Any) -> dict:
+    """Exposed communication of a step, predicted by the schedule and measured under torch.profiler; this rank's."""
+    from farskip_fx.profiling import profile
+
+    found = profile(step, steps=5, report=report)
+    return {"predicted_ms": found.predicted_s * 1e3, "measured_ms": found.measured_s * 1e3,
+            "costs": [{"kind": cost.kind, "predicted_ms": cost.predicted_s * 1e3, "measured_ms": cost.measured_s * 1e3}
+                      for cost in found.costs],
+            "collectives": [{"phase": row.phase, "place": row.place, "predicted_ms": row.predicted_s * 1e3,
+                             "measured_ms": row.measured_s * 1e3} for row in found.exposures]}
+
+
+def last_report() -> Any:
     """Of the last compile that met decoder layers; graphs without any reach the backend too."""
     import farskip_fx as fs
 

@@ -119,6 +119,9 @@ def _figures(mode: str, result: dict) -> str:
                      f"farskip is {result['over_bound']:+.0%} from the bound")
     elif "over_bound" in result:
         lines.append("hidden: not defined, the slow link costs stock nothing here")
+    if (exposed := result.get("exposed")) is not None:
+        lines.append(f"exposed communication of farskip: predicted {exposed['predicted_ms']:.0f} ms, measured "
+                     f"{exposed['measured_ms']:.0f} ms (its waits under torch.profiler, mean of the ranks)")
     lines.append("the slow link adds to " + "; ".join(f"{one['name']} {_added(one)}" for one in result["variants"]))
     if not result["rate_is_close"]:
         lines.append(f"the exchanges could not be brought to {result['ratio']:g} of compute on this link; the figures "
