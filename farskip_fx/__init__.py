@@ -2,6 +2,7 @@
 from .agreement import check_agreement
 from .backend import farskip_backend
 from .bisect import Bisection, bisect
+from .calibrate import calibrate
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import FarskipConfig
 from .connectivity import register_connectivity
@@ -23,8 +24,9 @@ from .verify import Verification, verify
 __all__ = [
     "Bisection", "CheckpointError", "CollectiveError", "ConfigError", "DataParallel", "FarskipConfig", "FarskipError",
     "FarskipWarning", "GradientError", "NoMoEError", "Profile", "Rates", "RefusedError", "Report", "SplitModelError",
-    "Verification", "WrongConnectivityError", "apply", "bisect", "check_agreement", "clip_grad_norm_", "data_parallel",
-    "dump_graphs", "expert_parallel", "expert_parameters", "explain", "farskip", "farskip_backend", "from_pretrained", "full_state_dict",
+    "Verification", "WrongConnectivityError", "apply", "bisect", "calibrate", "check_agreement", "clip_grad_norm_", "data_parallel",
+    "dump_graphs",
+    "expert_parallel", "expert_parameters", "explain", "farskip", "farskip_backend", "from_pretrained", "full_state_dict",
     "gather_experts", "guarded", "last_reports", "latest_checkpoint", "load_checkpoint", "load_full_state_dict", "no_sync",
     "profile", "reduce_gradients", "register_connectivity", "remove", "save_checkpoint", "verify",
 ]

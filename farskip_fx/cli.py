@@ -99,6 +99,13 @@ examples:
   farskip explain config.json --json > a.json; farskip explain config.json --connectivity mlp_only --json > b.json
   farskip diff a.json b.json"""
 
+CALIBRATE_TEXT = """\
+Measure this device, and the link between ranks under torchrun; the median over ranks is for all of them.
+
+  torchrun --nproc-per-node 8 -m farskip_fx.cli calibrate --dtype bfloat16 --json rates.json
+
+In Python: farskip_fx.apply(model, rates=farskip_fx.calibrate(group))."""
+
 PROFILE_TEXT = """\
 Compile a model with random weights, run a few steps under torch.profiler, and set what each collective leaves exposed beside
 what the schedule predicted; then say which cost was most wrong, and the rates to schedule with. Every rank runs it:
@@ -118,6 +125,7 @@ MODEL is as for farskip explain; weights are drawn at random, unless its build()
 
 For a model of your own in Python: farskip_fx.bisect(model, **inputs)."""
 
+RATES_HELP = f"of device and link: {', '.join(PRESETS)}, or a file of farskip calibrate (one CPU core and a slow link)"
 SIZES = {
     "layers": "decoder layers",
     "hidden": "width of the residual stream",
@@ -158,7 +166,7 @@ def add_explain(verbs: argparse._SubParsersAction) -> None:
     where.add_argument("--tokens", type=int, default=2048, metavar="N", help="of a sequence (2048)")
     where.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
     where.add_argument("--train", action="store_true", help="forward and backward")
-    where.add_argument("--rates", choices=tuple(PRESETS), help="of device and link (one CPU core and a slow link)")
+    where.add_argument("--rates", metavar="RATES", help=RATES_HELP)
     how = verb.add_argument_group("what is shown")
     how.add_argument("--layer", type=int, metavar="K", help="everything about one layer")
     sides = how.add_mutually_exclusive_group()
@@ -192,15 +200,16 @@ def add_profile(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
     verb.add_argument("--train", action="store_true", help="forward and backward")
     verb.add_argument("--steps", type=int, default=3, metavar="N", help="under the profiler (3)")
-    verb.add_argument("--rates", choices=tuple(PRESETS), help="of device and link (one CPU core and a slow link)")
+    verb.add_argument("--rates", metavar="RATES", help=RATES_HELP)
     verb.add_argument("--trace", type=Path, metavar="PATH", help="write torch.profiler's trace with the predicted lanes")
     verb.set_defaults(run=run_profile)
 
 
 def run_profile(args: argparse.Namespace) -> int:
     from .profile_command import run as run_it
+    from .calibrate_command import rates_of
     run_it(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, steps=args.steps,
-           options={"connectivity": args.connectivity, **({"rates": PRESETS[args.rates]} if args.rates else {})}, trace=args.trace)
+           options={"connectivity": args.connectivity, **({"rates": rates_of(args.rates)} if args.rates else {})}, trace=args.trace)
     return 0
 
 
@@ -209,7 +218,7 @@ def add_bisect(verbs: argparse._SubParsersAction) -> None:
                             description=BISECT_TEXT, formatter_class=argparse.RawTextHelpFormatter)
     verb.add_argument("model", type=Path, metavar="MODEL", help="config.json, a folder with one, or a Python file with build()")
     verb.add_argument("--connectivity", default="farskip", metavar="NAME", help="as in explain (farskip)")
-    verb.add_argument("--inner", default="inductor", metavar="NAME", help="inductor (usual), aot_eager or eager: how far to look")
+    verb.add_argument("--inner", default="inductor", metavar="NAME", help="inductor (usual), aot_eager or eager")
     verb.add_argument("--ep", type=int, default=1, metavar="N", help="ranks that the experts are split over")
     verb.add_argument("--tokens", type=int, default=128, metavar="N", help="of a sequence (128)")
     verb.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
@@ -221,8 +230,25 @@ def add_bisect(verbs: argparse._SubParsersAction) -> None:
 
 def run_bisect(args: argparse.Namespace) -> int:
     from .bisect_command import run as run_it
-    return run_it(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, slower=args.slower,
-                  options={"connectivity": args.connectivity, "inner": args.inner}, output=args.output)
+    return run_it(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train,
+                  slower=args.slower, options={"connectivity": args.connectivity, "inner": args.inner},
+                  output=args.output)
+
+
+def add_calibrate(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("calibrate", help="measure what this device and link can do: rates for the schedule",
+                            description=CALIBRATE_TEXT, formatter_class=argparse.RawTextHelpFormatter)
+    verb.add_argument("--hidden", type=int, default=1024, metavar="N", help="width of the model (1024)")
+    verb.add_argument("--tokens", type=int, default=2048, metavar="N", help="of a sequence (2048)")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model (float32)")
+    verb.add_argument("--json", type=Path, metavar="PATH", help="write them there, for farskip explain --rates PATH")
+    verb.set_defaults(run=run_calibrate)
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    from .calibrate_command import run as run_it
+    run_it(screen(), hidden=args.hidden, tokens=args.tokens, dtype=args.dtype, path=args.json)
+    return 0
 
 
 def add_diff(verbs: argparse._SubParsersAction) -> None:
@@ -372,7 +398,7 @@ def report(result: dict) -> int:
     return 1 if wrong(result) else 0
 
 
-VERBS = (add_explain, add_diff, add_profile, add_bisect, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
+VERBS = (add_explain, add_diff, add_calibrate, add_profile, add_bisect, add_bench, add_demo, add_distill, add_sweep, add_sensitivity)
 
 if __name__ == "__main__":
     sys.exit(main())

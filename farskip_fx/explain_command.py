@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from .agreement import check_agreement
+from .calibrate_command import rates_of
 from .config import FarskipConfig
 from .errors import ConfigError
 from .explain import explain
-from .passes.costs import PRESETS
 from .planned import planned, ranks_for
 from .report import VERSION, Report
 from .view import compare, terminal
@@ -25,7 +25,7 @@ def explain_source(source: Path, *, ep: int, tokens: int, batch: int, training: 
     Raises:
         CollectiveError: a rank differs; names it, and the first difference.
     """
-    config = FarskipConfig.from_dict({**options, **({"rates": PRESETS[rates]} if rates else {})})
+    config = FarskipConfig.from_dict({**options, **({"rates": rates_of(rates)} if rates else {})})
     with ranks_for(ep):
         model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep)
         report = explain(model, config=config, gradients=training, fold=fold, predict=predict, **inputs)

@@ -5,21 +5,18 @@ time the model's exchanges on it, correct, again.
 """
 from __future__ import annotations
 
-import itertools
-import time
 from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from torch.nn import functional as F
 
+from ..calibrate import compute_rates as device_rates
 from .exchanges import Exchange
 from .spec import Shape, SpecError
 
 CLOSE = 0.04                                # a calibrated time this near to its target is near enough
 TRIES = 5
 TYPICAL_YIELD = 0.7                         # of a nominal rate, for the first guess
-STREAMED_BYTES = 256 << 20
 SLOWEST_RATE, FASTEST_RATE = 1_000_000, 40_000_000_000
 
 
@@ -76,33 +73,8 @@ def link_rates(exchanges: list[Exchange], seconds: list[float]) -> dict[str, flo
 
 
 def compute_rates(shape: Shape, sharing: int) -> dict[str, float]:
-    """A rank's speed at the model's own sizes: that of its core over the ranks that share it. A second or two."""
-    width = shape.heads * shape.head_dim
-    x, weight = torch.randn(shape.tokens, shape.hidden), torch.randn(width, shape.hidden)
-    # A step's values do not come from the cache: go round over enough of them.
-    streams = itertools.cycle([torch.randn_like(x) for _ in range(max(2, STREAMED_BYTES // (4 * x.numel())))])
-    query = torch.randn(1, shape.heads, shape.tokens, shape.head_dim)
-    mask = torch.ones(shape.tokens, shape.tokens, dtype=torch.bool).tril()[None, None]  # as transformers hands it over
-    with torch.no_grad():
-        matmul = sharing * best(lambda: F.linear(x, weight))
-        attention = sharing * best(lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask))
-        memory = sharing * best(lambda: torch.mul(next(streams), 2.0))
-    return {
-        "matmul_flops": 2 * shape.tokens * shape.hidden * width / matmul,
-        # Of the whole square: with a mask that is data the kernel skips nothing, and the cost model counts it all.
-        "attention_flops": 4 * shape.heads * shape.tokens**2 * shape.head_dim / attention,
-        "memory_bytes": 2 * x.numel() * x.element_size() / memory,
-    }
-
-
-def best(run: Callable[[], object], seconds: float = 0.3, least: int = 3) -> float:
-    """The smallest time of several runs, after one that warms up. Time of this process: one that shares the core and runs
-    between adds nothing."""
-    run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or time.perf_counter() < end:
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times)
+    """A rank's speed at the model's own sizes: that of its core over the ranks that share it."""
+    found = device_rates(device=torch.device("cpu"), dtype=torch.float32, hidden=shape.hidden, tokens=shape.tokens,
+                         heads=shape.heads, head_dim=shape.head_dim)
+    overhead = found.pop("kernel_overhead")
+    return {**{name: rate / sharing for name, rate in found.items()}, "kernel_overhead": overhead * sharing}

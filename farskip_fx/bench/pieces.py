@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .calibrate import best
+from ..calibrate import best
 from .exchanges import slowest
 
+CPU = torch.device("cpu")
 REPEAT_S = 0.1
 
 
@@ -50,10 +51,10 @@ def time_pieces(model: nn.Module, ids: Tensor, rows: list[list[int]], mine: rang
     routers, routed = [], []
     with torch.no_grad():
         for (gate, experts), count in zip(_moe(model), rows):
-            routers.append(best(lambda: gate(x), REPEAT_S))
+            routers.append(best(lambda: gate(x), CPU, REPEAT_S))
             inputs = [torch.randn(count[expert], x.shape[1]) for expert in mine]
-            routed.append(best(lambda: _run_experts(experts, mine, inputs), REPEAT_S))
-        head = best(lambda: model.lm_head(core.norm(x[None])), REPEAT_S)
+            routed.append(best(lambda: _run_experts(experts, mine, inputs), CPU, REPEAT_S))
+        head = best(lambda: model.lm_head(core.norm(x[None])), CPU, REPEAT_S)
     return Pieces(sharing * sum(slowest(routers)), sharing * sum(slowest(routed)), sharing * slowest([head])[0])
 
 

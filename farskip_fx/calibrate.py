@@ -1,0 +1,189 @@
+"""``calibrate``: what this device and this link can do, measured, and the same on every rank.
+
+    rates = fs.calibrate(mesh["ep"])                 # some seconds; from a file the next time
+    fs.apply(model, rates=rates)
+
+Matrix products, attention and a loop at one size each, then exchanges of two sizes. Every rank measures; each figure is the
+median of all of them, so that all ranks schedule with the same numbers.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from .passes.costs import Rates
+
+VERSION = 1
+_STREAMED_BYTES = 256 << 20             # more than a cache holds
+_SMALL, _LARGE = 1 << 10, 4 << 20       # bytes that leave a rank in an exchange
+_REPEATS = 7
+
+
+def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: torch.device | str | None = None,
+              dtype: torch.dtype = torch.float32, hidden: int = 1024, tokens: int = 2048, head_dim: int = 64,
+              cache: str | Path | None = "") -> Rates:
+    """Measure ``Rates``. Collective over ``group``, never inside of a compile.
+
+    Args:
+        group: the ranks that exchange tokens; None: the default group, and without one only the device is measured (then
+            the link's figures are those of ``Rates()``).
+        device: None: this rank's CUDA device if there is one, else the CPU.
+        dtype, hidden, tokens, head_dim: of the model; rates depend on sizes.
+        cache: a folder; "": the user's cache folder; None: measure in any case. Rank 0's file counts.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    group = group.get_group() if isinstance(group, DeviceMesh) else group
+    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    file = _file(cache, [device.type, _name(device), str(dtype), hidden, tokens, head_dim, ranks, torch.__version__])
+    kept = _shared(_read(file), group, ranks)
+    if kept is not None:
+        return Rates(**kept)
+    found = compute_rates(device=device, dtype=dtype, hidden=hidden, tokens=tokens, heads=max(1, hidden // head_dim),
+                          head_dim=head_dim)
+    if ranks > 1:
+        found |= link_rates(group, device)
+    rates = Rates(**_agreed(found, group, ranks))
+    if file is not None and (ranks == 1 or dist.get_rank(group) == 0):
+        _write(file, rates)
+    return rates
+
+
+# --- the device --------------------------------------------------------------------------------------------------
+
+def compute_rates(*, device: torch.device, dtype: torch.dtype, hidden: int, tokens: int, heads: int, head_dim: int
+                  ) -> dict[str, float]:
+    """Fields of ``Rates``, at a model's own sizes: a second or two."""
+    width = heads * head_dim
+    x, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (tokens, width))
+    # A step's values do not come from the cache: go round over enough of them.
+    size = x.numel() * x.element_size()
+    streams = itertools.cycle([torch.randn_like(x) for _ in range(max(2, _STREAMED_BYTES // size))])
+    query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None]   # as transformers hands it over
+    tiny = torch.ones(8, 8, device=device, dtype=dtype)
+    with torch.no_grad():
+        overhead = best(lambda: F.linear(tiny, tiny), device)
+        matmul, attention, memory = (max(best(run, device) - overhead, 1e-9) for run in (
+            lambda: F.linear(x, weight),
+            lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask),
+            lambda: torch.mul(next(streams), 2.0)))
+    return {
+        "matmul_flops": 2 * tokens * hidden * width / matmul,
+        # Of the whole square: with a mask that is data the kernel skips nothing, and the cost model counts it all.
+        "attention_flops": 4 * heads * tokens**2 * head_dim / attention,
+        "memory_bytes": 2 * size / memory,
+        "kernel_overhead": overhead,
+    }
+
+
+def best(run: Callable[[], object], device: torch.device, seconds: float = 0.3, least: int = 3) -> float:
+    """The smallest time of several runs, after one that warms up. On a CPU time of this process: one that shares the core
+    and runs between adds nothing."""
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    run()
+    while len(times) < least or time.perf_counter() < end:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = clock()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        times.append(clock() - start)
+    return min(times)
+
+
+# --- the link ----------------------------------------------------------------------------------------------------
+
+def link_rates(group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
+    """Fields of ``Rates``: two sizes of exchanges, each repeated; what grows with the size is the link."""
+    ranks = dist.get_world_size(group)
+    small, large = (_exchange(group, device, leaving, ranks) for leaving in (_SMALL, _LARGE))
+    busy, wall = time.process_time(), time.perf_counter()
+    _exchange(group, device, _LARGE, ranks)
+    # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
+    share = 0.0 if device.type == "cuda" else (time.process_time() - busy) / (time.perf_counter() - wall)
+    return {"link_bytes": (_LARGE - _SMALL) / max(large - small, 1e-9), "link_latency": small,
+            "link_compute_share": min(share, 0.9)}
+
+
+def _exchange(group: dist.ProcessGroup | None, device: torch.device, leaving: int, ranks: int) -> float:
+    """Seconds of an all-to-all in which so many bytes leave each rank; the median."""
+    each = max(1, leaving // (ranks - 1))
+    given = torch.zeros(ranks * each, dtype=torch.uint8, device=device)
+    taken = torch.empty_like(given)
+    times = []
+    for _ in range(_REPEATS + 1):
+        dist.barrier(group)
+        start = time.perf_counter()
+        dist.all_to_all_single(taken, given, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+# --- one answer for all ranks --------------------------------------------------------------------------------------
+
+def _shared(kept: dict | None, group: dist.ProcessGroup | None, ranks: int) -> dict | None:
+    """Rank 0's: another rank may have no file, or an older one."""
+    if ranks == 1:
+        return kept
+    told = [kept]
+    dist.broadcast_object_list(told, group=group, group_src=0)
+    return told[0]
+
+
+def _agreed(found: dict[str, float], group: dist.ProcessGroup | None, ranks: int) -> dict[str, float]:
+    if ranks == 1:
+        return found
+    everyone: list = [None] * ranks
+    dist.all_gather_object(everyone, found, group=group)
+    return {name: statistics.median(one[name] for one in everyone) for name in found}
+
+
+# --- kept --------------------------------------------------------------------------------------------------------
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {platform.node()}"
+
+
+def _file(cache: str | Path | None, key: list) -> Path | None:
+    if cache is None:
+        return None
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farskip_fx"
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return (Path(cache) if cache else usual) / f"rates-v{VERSION}-{name}.json"
+
+
+def _read(file: Path | None) -> dict | None:
+    """None for what is not there or cannot be read: it is measured again."""
+    if file is None:
+        return None
+    try:
+        return dataclasses.asdict(Rates(**json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(file: Path, rates: Rates) -> None:
+    """Whole or not at all, and for this user only."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(dataclasses.asdict(rates), indent=1), encoding="utf-8")
+    os.replace(part, file)

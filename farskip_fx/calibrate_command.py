@@ -1,0 +1,48 @@
+"""``farskip calibrate``: rates of this device and link into a file; and where a command takes them from."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from .calibrate import calibrate
+from .config import FarskipConfig
+from .errors import ConfigError
+from .passes.costs import PRESETS, Rates
+from .planned import ranks_for
+
+
+def run(console: Console, *, hidden: int, tokens: int, dtype: str, path: Path | None) -> None:
+    with ranks_for(1, real=True):
+        rates = calibrate(dtype=getattr(torch, dtype), hidden=hidden, tokens=tokens, cache=None)
+        if dist.is_initialized() and dist.get_rank():
+            return
+        alone = "" if dist.is_initialized() else "   (not measured: run under torchrun)"
+        for field in dataclasses.fields(rates):
+            value = getattr(rates, field.name)
+            console.print(f"{field.name:20} {value:.4g}{alone if field.name in ('link_bytes', 'link_latency') else ''}"
+                          if not isinstance(value, bool) else f"{field.name:20} {value}", highlight=False)
+        if path is not None:
+            path.write_text(json.dumps(dataclasses.asdict(rates), indent=1), encoding="utf-8")
+            console.print(f"written: {path}", highlight=False)
+
+
+def rates_of(name: str) -> Rates:
+    """A preset, or a file that ``run`` wrote.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        data = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"rates {name!r}: neither one of {', '.join(PRESETS)} nor a file of farskip calibrate: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"rates {name!r} is no file of farskip calibrate: it holds a {type(data).__name__}")
+    return FarskipConfig(rates=data).rates

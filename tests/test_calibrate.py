@@ -1,0 +1,52 @@
+"""``calibrate``: rates that are measured once, kept, and the same on every rank."""
+import json
+import stat
+
+import pytest
+from ranks import run_ranks
+
+import farskip_fx as fs
+from farskip_fx.calibrate_command import rates_of
+from farskip_fx.cli import main
+from farskip_fx.passes.costs import PRESETS
+
+SMALL = {"hidden": 128, "tokens": 64}
+
+
+def test_kept_for_this_user_and_measured_again_where_it_cannot_be_read(tmp_path):
+    folder = tmp_path / "cache"
+    first = fs.calibrate(cache=folder, **SMALL)
+    assert first.matmul_flops > 0 and first.kernel_overhead > 0 and first.link_bytes == fs.Rates().link_bytes
+    (file,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    file.write_text(json.dumps({**json.loads(file.read_text()), "matmul_flops": 7.0}))
+    assert fs.calibrate(cache=folder, **SMALL).matmul_flops == 7.0
+    assert fs.calibrate(cache=folder, hidden=128, tokens=32).matmul_flops != 7.0        # other sizes, another file
+    for broken in ("{", "[]", '{"matmul_flops": -1}', '{"unknown": 1}'):
+        file.write_text(broken)
+        assert fs.calibrate(cache=folder, **SMALL).matmul_flops > 7.0
+
+
+def test_command_and_what_takes_its_file(tmp_path, capsys):
+    path = tmp_path / "rates.json"
+    assert main(["calibrate", "--hidden", "128", "--tokens", "64", "--json", str(path)]) == 0
+    assert "not measured: run under torchrun" in capsys.readouterr().out
+    assert rates_of(str(path)).matmul_flops > 0 and rates_of("cpu") == PRESETS["cpu"]
+    for text in ("[]", "{", '{"unknown": 1}'):
+        path.write_text(text)
+        with pytest.raises(fs.ConfigError):
+            rates_of(str(path))
+    with pytest.raises(fs.ConfigError, match="neither one of cpu"):
+        rates_of("h200")
+
+
+def measured(rank, folder):
+    """Only rank 1 has nothing to read the second time."""
+    one = fs.calibrate(cache=folder / "both", **SMALL)
+    return one, fs.calibrate(cache=folder / ("both" if rank == 0 else "empty"), **SMALL)
+
+
+def test_the_same_on_every_rank(tmp_path):
+    (one, again), (other, other_again) = run_ranks(measured, 2, folder=tmp_path)
+    assert one == other == again == other_again and one.link_bytes != fs.Rates().link_bytes
+    assert not (tmp_path / "empty").exists()
