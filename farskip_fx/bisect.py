@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from . import backend
-from .bisect_runs import Runs, Stage, Timing, Trial, stages_of, words
+from .bisect_runs import Runs, Stage, Timing, Trial, counted, stages_of, words
 from .config import FarskipConfig, merge
 from .connectivity import CONNECTIVITIES, DENSE, Reads, register_connectivity
 from .convert import converted_of
@@ -41,6 +41,8 @@ _FAULTS = {
     "inductor": "Inductor", "schedule": "the schedule", "fence": "the fence", "split": "the splitting of attention into parts",
     "cache": "a cache",
 }
+_USERS_PASSES = ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass",
+                 "post_grad_custom_post_pass", "_pre_fusion_custom_pass", "_post_fusion_custom_pass")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class Bisection:
     """What ``bisect`` found. True if nothing is wrong.
 
     Args:
-        stage: the first that is wrong: "trace", "rewire", "aot" (AOTAutograd), "inductor", "schedule", "fence", "split" (attention
-            in parts) or "cache"; None: nothing is.
+        stage: the first that is wrong: "trace", "rewire", "aot" (AOTAutograd), "inductor", "schedule", "fence", "split"
+            (attention in parts) or "cache"; None: nothing is.
         layer, half: decoder layer, and "attention", "moe" or "mlp" of it; a half is None where both are needed, or where
             nothing needs to be converted.
         conversion: of the smallest reproducer: a connectivity for each layer that is converted.
@@ -86,12 +88,14 @@ class Bisection:
     def verdict(self) -> str:
         """One sentence, or two."""
         if self.ok and self.slower:
-            return f"connectivity {self.connectivity}: not slower than stock (step {self.amount:+.1%}, margin {self.tolerance:.0%})"
+            return (f"connectivity {self.connectivity}: not slower than stock (step {self.amount:+.1%}, margin "
+                    f"{self.tolerance:.0%})")
         if self.ok:
             return (f"connectivity {self.connectivity}: nothing wrong found; outputs agree with the oracle "
                     f"({self.amount:.1e}, tolerance {self.tolerance:.1e})")
         what = f"makes it slower than stock, by {self.amount:.1%}" if self.slower else (
-            "fails" if self.amount == float("inf") else f"makes outputs differ, by {self.amount:.1e} (tolerance {self.tolerance:.1e})")
+            "fails" if self.amount == float("inf") else
+            f"makes outputs differ, by {self.amount:.1e} (tolerance {self.tolerance:.1e})")
         return f"{_FAULTS[self.stage]}{self._where} {what}{self._how}{f'. {self.detail}' if self.detail else ''}"
 
     @property
@@ -104,7 +108,7 @@ class Bisection:
     @property
     def _how(self) -> str:
         if self.independent:
-            return ", with nothing converted too" + (f"; {self.layers} decoder layers are enough" if self.layers else "")
+            return ", with nothing converted too" + (f"; shown by {counted(self.layers)}" if self.layers else "")
         return f"; converted: {', '.join(f'{k}: {v}' for k, v in self.conversion.items())}" if self.conversion else ""
 
     def __str__(self) -> str:
@@ -207,7 +211,8 @@ def half_of(name: str, half: str) -> str:
     own = f"{name}_{half}_half"
     if own not in CONNECTIVITIES:
         whole = CONNECTIVITIES[name]
-        register_connectivity(own, lambda layer, earlier: Reads(**{half: getattr(whole(layer, earlier), half)}), dense=name in DENSE)
+        register_connectivity(own, lambda layer, earlier: Reads(**{half: getattr(whole(layer, earlier), half)}),
+                              dense=name in DENSE)
     return own
 
 
@@ -229,6 +234,7 @@ def _outputs(runs: Runs) -> Bisection:
         anew = runs.trial(names, whole, label="without caches")
         if not anew.wrong:
             return _cache(runs, names, whole, as_run[-1])
+        as_run.append(anew)
     known = {len(stages) - 1: as_run[-1]}
 
     def wrong(i: int) -> bool:
@@ -270,7 +276,8 @@ def _place(runs: Runs, names: Sequence[str] | None, stage: Stage, whole: Trial) 
             break
     layers, last = _shortened(runs, chosen, stage, layer + 1)
     return _found(last or trial(chosen), stage.name, layer=layer, label=runs.label(layer), half=half, layers=layers,
-                  conversion={str(i): name for i, name in enumerate(chosen) if name != "none"}, detail=_users_passes(stage))
+                  conversion={str(i): name for i, name in enumerate(chosen) if name != "none"},
+                  detail=_users_passes(runs, chosen, stage, layers))
 
 
 def _independent(runs: Runs, stage: Stage, whole: Trial) -> Bisection:
@@ -288,7 +295,8 @@ def _independent(runs: Runs, stage: Stage, whole: Trial) -> Bisection:
     layers = first(0, count, wrong) if count > 1 else count
     last = smallest.get(layers)
     return _found(last or whole, stage.name, independent=True, layer=layers - 1 if last is not None else None,
-                  layers=layers if last is not None else None, detail=_users_passes(stage))
+                  layers=layers if last is not None else None,
+                  detail=_users_passes(runs, None, stage, layers if last is not None else None))
 
 
 def _shortened(runs: Runs, names: Sequence[str], stage: Stage, layers: int) -> tuple[int | None, Trial | None]:
@@ -310,12 +318,13 @@ def _attempt(runs: Runs, names: Sequence[str] | None, stage: Stage, layers: int)
 def _cache(runs: Runs, names: Sequence[str] | None, whole: Stage, as_run: Trial) -> Bisection:
     which = "inductor" if runs.trial(names, whole, caches="inductor", label="Inductor's cache alone").wrong else "aot"
     return _found(as_run, "cache", detail=f"It is {_CACHES[which]}. Set TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, or empty "
-                  "TORCHINDUCTOR_CACHE_DIR; a custom pass of Inductor whose uuid() does not change with what it does leads to this")
+                  "TORCHINDUCTOR_CACHE_DIR; a custom pass of Inductor whose uuid() does not change with what it does leads to it")
 
 
 def _found(trial: Trial, stage: str | None, **more) -> Bisection:
+    said = [trial.error, more.pop("detail", "")] if stage else []
     return Bisection(connectivity="", slower=False, amount=trial.difference, tolerance=trial.tolerance, stage=stage,
-                     **{**more, "detail": " ".join(filter(None, [f"{trial.error}." if trial.error else "", more.get("detail", "")]))})
+                     detail=". ".join(filter(None, said)), **more)
 
 
 def _caches_on() -> bool:
@@ -323,27 +332,33 @@ def _caches_on() -> bool:
     return inductor.fx_graph_cache and not inductor.force_disable_caches
 
 
-def _users_passes(stage: Stage) -> str:
-    """Their own passes are the first suspects."""
-    if stage.name in ("rewire", "aot"):
+def _users_passes(runs: Runs, names: Sequence[str] | None, stage: Stage, layers: int | None) -> str:
+    """Passes that the user gave to Inductor are the first suspects."""
+    if stage.options.get("inner") in ("eager", "aot_eager") or runs.config.inner != "inductor":
         return ""
     import torch._inductor.config as inductor
-    names = ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass",
-             "post_grad_custom_post_pass", "_pre_fusion_custom_pass", "_post_fusion_custom_pass")
-    own = [name for name in names if getattr(inductor, name, None) is not None]
-    return f"Your own passes run in it: torch._inductor.config.{', '.join(own)}; try without" if own else ""
+    own = [name for name in _USERS_PASSES if getattr(inductor, name, None) is not None]
+    if not own:
+        return ""
+    with inductor.patch(dict.fromkeys(own)):
+        without = runs.trial(names, stage, layers=layers, label=f"{stage.name}, without your passes")
+    where = "torch._inductor.config." + ", ".join(own)
+    return f"Your own passes run in it ({where}): without them it is {'wrong too' if without.wrong else 'right'}"
 
 
 # --- time --------------------------------------------------------------------------------------------------------
 
 def _slower(runs: Runs, margin: float) -> Bisection:
     if runs.config.inner != "inductor":
-        raise ConfigError(f"slower=True compares with stock Inductor; inner={runs.config.inner!r} has none")
+        raise ConfigError(f"slower=True compares with stock Inductor, and inner={runs.config.inner!r} has none; leave it out")
     stages = {stage.name: stage for stage in stages_of(runs.config)}
     last = stages_of(runs.config)[-1]
     if not runs.config.names and not runs.config.overlap:
-        raise ConfigError("connectivity='none' without overlap is stock Inductor: nothing to compare")
-    names = runs.config.of_layers(_count(runs)) if runs.config.names else None
+        raise ConfigError("connectivity='none' without overlap is stock Inductor; choose another connectivity, or overlap=True")
+    names = None
+    if runs.config.names:
+        runs.traced()
+        names = runs.config.of_layers(runs.count)
     plans = [(None, stages["inductor"], "stock"), (names, stages["inductor"], "rewired, stock Inductor"),
              (names, last, "scheduled")]
     stock, rewired, scheduled = (t.step_s for t in runs.times(plans, rounds=_ROUNDS))
@@ -355,9 +370,10 @@ def _slower(runs: Runs, margin: float) -> Bisection:
     if excess <= margin:
         return found(None)
     if names is not None and rewired - stock >= (scheduled - stock) / 2:
-        stage = Stage(name="rewire", adds="", options={"overlap": False})
+        stage = dataclasses.replace(stages["inductor"], name="rewire")
     elif "split" in stages:
-        stock, fenced = (t.step_s for t in runs.times([plans[0], (names, stages["fence"], "attention in one part")], rounds=_ROUNDS))
+        whole = (names, stages["fence"], "scheduled, attention in one part")
+        stock, fenced = (t.step_s for t in runs.times([plans[0], whole], rounds=_ROUNDS))
         in_parts = fenced - stock < (scheduled - stock) / 2
         stage = last if in_parts else dataclasses.replace(stages["fence"], name="schedule")
     else:
@@ -378,14 +394,9 @@ def _slow_layers(runs: Runs, names: Sequence[str], stage: Stage) -> tuple[int, i
     while high - low > 1:
         middle = (low + high) // 2
         cuts = [tuple(name if i < end else "none" for i, name in enumerate(names)) for end in (low, middle, high)]
-        one, two, three = (t.step_s for t in runs.times([(cut, stage, f"{stage.name}, {words(cut)}") for cut in cuts], rounds=_ROUNDS))
+        one, two, three = (t.step_s for t in runs.times([(cut, stage, stage.name) for cut in cuts], rounds=_ROUNDS))
         share = (two - one) / max(three - one, 1e-12)
         if 0.25 < share < 0.75:
             break
         low, high = (low, middle) if share >= 0.75 else (middle, high)
     return low, high
-
-
-def _count(runs: Runs) -> int:
-    runs.traced()
-    return runs.count

@@ -56,18 +56,17 @@ _NOTHING = 1e-3             # of the largest gradient: below it, a gradient is c
 class Stage:
     """One pipeline. ``name`` is what it has and the one before it has not."""
     name: str
-    adds: str
     options: Mapping[str, object] = field(default_factory=dict)     # fields of the configuration
     schedule_alone: bool = False
 
 
 _STAGES = (
-    Stage(name="rewire", adds="the rewiring alone, run eagerly", options={"inner": "eager"}),
-    Stage(name="aot", adds="AOTAutograd", options={"inner": "aot_eager", "overlap": False}),
-    Stage(name="inductor", adds="stock Inductor", options={"overlap": False}),
-    Stage(name="schedule", adds="the schedule, without the fence", options={"overlap": False}, schedule_alone=True),
-    Stage(name="fence", adds="the fence", options={"attention_parts": 1}),
-    Stage(name="split", adds="attention in parts"),
+    Stage(name="rewire", options={"inner": "eager"}),
+    Stage(name="aot", options={"inner": "aot_eager", "overlap": False}),                # AOTAutograd
+    Stage(name="inductor", options={"overlap": False}),                                 # stock
+    Stage(name="schedule", options={"overlap": False}, schedule_alone=True),            # nothing that keeps its order
+    Stage(name="fence", options={"attention_parts": 1}),
+    Stage(name="split"),                                                                # attention in parts
 )
 
 
@@ -76,11 +75,11 @@ def stages_of(config: FarskipConfig) -> tuple[Stage, ...]:
     if config.inner == "eager":
         names = ["rewire"]
     elif config.inner == "aot_eager":
-        names = ["rewire", "aot", *(["split"] if config.overlap and config.attention_parts > 1 and config.names else [])]
+        names = ["rewire", "aot"]
     else:
         names = ["rewire", "aot", "inductor", *(["schedule", "fence"] if config.overlap else [])]
-        if config.overlap and config.attention_parts > 1 and config.names:
-            names.append("split")
+    if config.inner != "eager" and config.overlap and config.attention_parts > 1 and config.names:
+        names.append("split")
     return tuple(stage for stage in _STAGES if stage.name in names)
 
 
@@ -102,7 +101,7 @@ class Trial:
         return not self.difference <= self.tolerance
 
     def __str__(self) -> str:
-        cut = f", {self.layers} decoder layers" if self.layers is not None else ""
+        cut = f", {counted(self.layers)}" if self.layers is not None else ""
         said = self.error or f"differs by {self.difference:.1e}"
         return f"{self.stage}, {self.converted}{cut}: {said}: {'WRONG' if self.wrong else 'ok'} ({self.seconds:.1f} s)"
 
@@ -180,8 +179,8 @@ class Runs:
             except _Done:
                 pass
         if not calls:
-            raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(self.owner).__name__}): call "
-                             "it as it runs, with input_ids for example")
+            raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(self.owner).__name__}): "
+                             "call it as it runs, with input_ids for example")
         return calls[0]
 
     # --- one run, compared ---
@@ -280,8 +279,8 @@ class Runs:
             results = [t for t in outputs if t.requires_grad]
             parameters = [p for p in self.owner.parameters() if p.requires_grad]
             if not results or not parameters:
-                raise ConfigError(f"gradients were asked for, and no output of {type(self.owner).__name__} depends on a parameter "
-                                  "that requires one; pass gradients=False")
+                raise ConfigError(f"gradients were asked for, and no output of {type(self.owner).__name__} depends on a "
+                                  "parameter that requires one; pass gradients=False")
             torch.manual_seed(SEED)
             found = torch.autograd.grad(results, parameters, [torch.randn_like(t) for t in results], allow_unused=True)
         return _Result(outputs=[t.detach() for t in outputs], gradients=list(found))
@@ -368,7 +367,8 @@ class _Interpreter:
     def __init__(self, owner: nn.Module, forward: Callable) -> None:
         self.config, self.blocks = FarskipConfig(), None
         self._owner, self._scope = owner, prepare(owner)
-        self._compiled = torch.compile(lambda *args, **kwargs: forward(*args, **kwargs), backend=self._interpret, **COMPILED_APART)
+        self._compiled = torch.compile(lambda *args, **kwargs: forward(*args, **kwargs), backend=self._interpret,
+                                       **COMPILED_APART)
 
     def __call__(self, *args, **kwargs):
         install_capture_hooks(self._owner, kwargs)
@@ -403,6 +403,10 @@ def words(names: Sequence[str] | None) -> str:
     if not spans:
         return "nothing converted"
     return ", ".join(f"layer{'s' if a != b else ''} {a if a == b else f'{a}-{b}'} {name}" for a, b, name in spans)
+
+
+def counted(layers: int) -> str:
+    return f"{layers} decoder layer{'s' if layers != 1 else ''}"
 
 
 def owner_of(model: nn.Module, config: FarskipConfig) -> nn.Module:

@@ -29,6 +29,7 @@ from .errors import FarskipError
 from .planned import _own_group, ranks_for
 from .saved import forget
 
+_ROUNDS = 15
 _WEIGHTS, _INPUTS, _MODEL = "weights", "inputs", "model"     # files beside the script, one for each rank
 
 
@@ -87,8 +88,8 @@ def _again(runs: Runs, stage: str, connectivity: Mapping[str, str], layers: int 
 def _again_slower(runs: Runs, stage: str, connectivity: Mapping[str, str], margin: float) -> tuple[bool, str]:
     stock = next(s for s in stages_of(runs.config) if s.name == "inductor")
     names = _names(runs, connectivity, None)
-    one, other = runs.times([(None, stock, "stock"), (names, stock if stage == "rewire" else stages_of(runs.config)[-1], stage)],
-                            rounds=15)
+    other = stock if stage == "rewire" else stages_of(runs.config)[-1]
+    one, other = runs.times([(None, stock, "stock"), (names, other, stage)], rounds=_ROUNDS)
     return other.step_s > one.step_s * (1 + margin), f"{one}; {other}"
 
 
@@ -107,14 +108,15 @@ def _stage(config: FarskipConfig, name: str) -> Stage:
 
 # --- making it ---------------------------------------------------------------------------------------------------
 
-def script_of(found: Bisection, runs: Runs, model: nn.Module, args: tuple, inputs: dict, *, source: str | Path | None) -> Bisection:
+def script_of(found: Bisection, runs: Runs, model: nn.Module, args: tuple, inputs: dict, *,
+              source: str | Path | None) -> Bisection:
     """``found`` with its script and the files of that."""
     named = _named(model, args, inputs)
     building = _Building(model, runs, source)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    fixed = {"stage": found.stage, "connectivity": {k: _spelled(v) for k, v in found.conversion.items()}, "tolerance": found.tolerance,
-             "layers": found.layers, "gradients": runs.gradients, "options": _options(runs.config), "slower": found.slower,
-             "device": next(model.parameters()).device.type, **building.ranks}
+    fixed = {"stage": found.stage, "connectivity": {k: _spelled(v) for k, v in found.conversion.items()},
+             "tolerance": found.tolerance, "layers": found.layers, "gradients": runs.gradients, "slower": found.slower,
+             "options": _options(runs.config), "device": next(model.parameters()).device.type, **building.ranks}
     for weights, drawn in ((False, True), (False, False), (True, False)):
         maker = building.code(weights)
         if maker is None:
@@ -227,7 +229,7 @@ class _Building:
         if saved:
             said.append(f"Some inputs could not be drawn by their shapes: they are in {_INPUTS}RANK.pt.")
         if found.stage == "cache":
-            said.append("A cache is of one machine: this shows it where TORCHINDUCTOR_CACHE_DIR is the one of the run that found it.")
+            said.append("A cache is of one machine: it shows where TORCHINDUCTOR_CACHE_DIR is that of the run that found it.")
         if "Your own passes" in found.detail:
             said.append("Your own passes of Inductor are not in here: set them in build().")
         if own := sorted(set(found.conversion.values()) - set(BUILT_IN)):
@@ -282,7 +284,8 @@ def _options(config: FarskipConfig) -> dict:
 
 
 def _comment(text: str) -> str:
-    return "\n".join(textwrap.fill(line, 120, initial_indent="# ", subsequent_indent="# ") for line in text.strip().splitlines())
+    lines = text.strip().splitlines()
+    return "\n".join(textwrap.fill(line, 120, initial_indent="# ", subsequent_indent="# ") for line in lines)
 
 
 _SCRIPT = '''\
