@@ -338,3 +338,29 @@ def test_ranks_agree_on_what_is_explained():
     for rank, (own, collectives, said) in enumerate(run_ranks(compared, 2)):
         assert own == rank and collectives == 6
         assert "layers rewired is [1] on rank 1, and [0, 1, 2] on rank 0" in said
+
+
+def profiled(rank):
+    """A step that is really compiled, run and measured; and one that is not this model's."""
+    torch.manual_seed(0)
+    model = families.tiny("qwen3_moe", num_hidden_layers=2)
+    fs.expert_parallel(model, dist.group.WORLD)
+    tokens = families.inputs("qwen3_moe")
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        fs.apply(model)
+        found = fs.profile(lambda: model(**tokens).logits.sum().backward(), model, steps=2)
+    try:
+        fs.profile(lambda: None, model)
+    except fs.ConfigError as error:
+        return found.measured_s, found.step_s, [r.place for r in found.exposures], str(error), found.trace["traceEvents"] != []
+    return None
+
+
+@pytest.mark.slow
+def test_profile_of_a_compiled_step():
+    places = [f"{part} of layer {k}" for k in (0, 1) for part in ("counts", "dispatch", "combine")]
+    backward = [f"{part} of layer {k}" for k in (1, 0) for part in ("combine", "dispatch")]
+    for measured, step, found, said, events in run_ranks(profiled, 2):
+        assert 0 <= measured < step and events
+        assert sorted(found[:6]) == sorted(places) and sorted(found[6:]) == sorted(backward)
+        assert "ran 0 collectives" in said
