@@ -27,6 +27,8 @@ def run(source: Path, console: Console, *, ep: int, tokens: int, batch: int, tra
         # Where a rank has ids of its own, they are the same in each run of this command.
         torch.manual_seed(rank)
         model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep, weights=True)
+        if source.suffix != ".py" and not slower:
+            model.float()       # what a coarser dtype rounds would hide the fault
         found = bisect(model, config=options, gradients=training, slower=slower, told=say,
                        source=source if source.suffix == ".py" else None, **inputs)
         say(found.verdict)

@@ -119,7 +119,7 @@ Find by halving what makes a converted model compute something else than its con
 stage (rewire, AOTAutograd, Inductor, schedule, fence, attention in parts, or a cache), the layer, and the half of it; and write
 the smallest reproducer as a script, which exits with 1 as long as it is wrong. Exit status: 0 if nothing is wrong, else 1.
 
-MODEL is as for farskip explain; weights are drawn at random, unless its build() loads them. Every rank runs it:
+MODEL is as for farskip explain. Weights are drawn at random, in float32, unless its build() makes others. Every rank runs it:
 
   torchrun --nproc-per-node 2 -m farskip_fx.cli bisect config.json --ep 2 --train
 
