@@ -319,7 +319,7 @@ def _attempt(runs: Runs, names: Sequence[str] | None, stage: Stage, layers: int)
 def _cache(runs: Runs, names: Sequence[str] | None, whole: Stage, as_run: Trial) -> Bisection:
     which = "inductor" if runs.trial(names, whole, caches="inductor", label="Inductor's cache alone").wrong else "aot"
     return _found(as_run, "cache", detail=f"It is {_CACHES[which]}. Set TORCHINDUCTOR_FORCE_DISABLE_CACHES=1, or empty "
-                  "TORCHINDUCTOR_CACHE_DIR; a custom pass of Inductor whose uuid() does not change with what it does leads to it")
+                  "TORCHINDUCTOR_CACHE_DIR. A pass of Inductor whose uuid() does not change with what it does leads to it")
 
 
 def _found(trial: Trial, stage: str | None, **more) -> Bisection:
