@@ -404,7 +404,7 @@ def allow_scalar_outputs() -> bool:
     return True
 
 
-# --- ranks that are not there: farskip_fx/planned.py -------------------------------------------------------------
+# --- ranks that are not there: farskip_fx/diagnose/planned.py -------------------------------------------------------------
 def fake_store():
     """The store of ``init_process_group("fake")`` (2.1); importing it registers that backend."""
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -13,7 +13,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from browser import Browser  # noqa: E402
 
-from farskip_fx.explain_command import explain_source  # noqa: E402
+from farskip_fx.commands.explain import explain_source  # noqa: E402
 from farskip_fx.view import terminal  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "docs" / "img"

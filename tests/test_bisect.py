@@ -17,8 +17,8 @@ import farskip_fx as fs
 import farskip_fx.overlap as overlap
 import farskip_fx.passes.rewire as rewire_pass
 from farskip_fx import cli
-from farskip_fx.bisect import _outputs, _slower, first, half_of
-from farskip_fx.bisect_runs import Runs, Timing, Trial, stages_of, words
+from farskip_fx.diagnose.bisect import _outputs, _slower, first, half_of
+from farskip_fx.diagnose.runs import Runs, Timing, Trial, stages_of, words
 from ranks import run_ranks
 
 NONE = ("none",)

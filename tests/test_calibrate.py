@@ -6,7 +6,7 @@ import pytest
 from ranks import run_ranks
 
 import farskip_fx as fs
-from farskip_fx.calibrate_command import rates_of
+from farskip_fx.commands.calibrate import rates_of
 from farskip_fx.cli import main
 from farskip_fx.passes.costs import PRESETS
 

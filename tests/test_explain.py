@@ -13,10 +13,10 @@ from torch import nn
 
 import farskip_fx as fs
 from farskip_fx.cli import main
-from farskip_fx.fold import fold_of
+from farskip_fx.diagnose.fold import fold_of
 from farskip_fx.passes.costs import PRESETS
 from farskip_fx.passes.timeline import Collective, Timeline
-from farskip_fx.profiling import compare as beside
+from farskip_fx.diagnose.profiling import compare as beside
 from farskip_fx.report import Folded, Phase, Report
 from farskip_fx.view import compare, terminal
 from farskip_fx.view.text import plain
@@ -133,7 +133,7 @@ def planned_reports(tmp_path_factory):
         pytest.skip("this process has ranks already")
     path = tmp_path_factory.mktemp("planned") / "config.json"
     path.write_text(json.dumps(CONFIG))
-    from farskip_fx.explain_command import explain_source
+    from farskip_fx.commands.explain import explain_source
     return [explain_source(path, ep=2, tokens=256, batch=1, training=False, rates=None, options={}, fold=fold, predict=True)
             for fold in (True, False)]
 
@@ -237,12 +237,14 @@ HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred\x1b[0m\x07", "[bold]markup[
 def test_hostile_names(planned_reports, name):
     def poison(value):
         if isinstance(value, dict):
-            return {k: name if k in ("label", "source", "needed_by", "model", "evidence", "adds") else poison(v) for k, v in value.items()}
+            return {k: name if k in ("label", "source", "needed_by", "model", "evidence", "adds") else poison(v)
+                    for k, v in value.items()}
         return [poison(v) for v in value] if isinstance(value, list) else value
 
-    report = poison(planned_reports[0].to_dict())
+    clean = planned_reports[0].to_dict()
+    report = poison(clean)
     report["layers"][1]["refused"] = {"code": "x", "text": name}
-    for text in (drawn(report), drawn(report, layer=2), "\n".join(compare.lines(compare.compare(planned_reports[0].to_dict(), report)))):
+    for text in (drawn(report), drawn(report, layer=2), "\n".join(compare.lines(compare.compare(clean, report)))):
         assert all(c.isprintable() or c == "\n" for c in text) and "a" * 400 not in text.replace("\n", "")
     if name.startswith("[bold]"):
         assert "[bold]markup" in drawn(report, layer=2)

@@ -65,7 +65,7 @@ def schedules() -> list[dict]:
 
 def exposed(report: Any, step: Any) -> dict:
     """Exposed communication of a step, predicted by the schedule and measured under torch.profiler; this rank's."""
-    from farskip_fx.profiling import profile
+    from farskip_fx.diagnose.profiling import profile
 
     found = profile(step, steps=5, report=report)
     return {"predicted_ms": found.predicted_s * 1e3, "measured_ms": found.measured_s * 1e3,

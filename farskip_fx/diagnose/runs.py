@@ -30,20 +30,20 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from .backend import plan_of
-from .capture import prepare
-from .config import FarskipConfig
-from .convert import Converted, converted_of, decoder_of, install_capture_hooks
-from .errors import ConfigError, FarskipError, NoMoEError
-from .interpret import Direct
-from .overlap import overlap_patches
-from .passes._torch import COMPILED_APART, ignored_in_graphs
-from .passes.checkpointing import inline_checkpoints
-from .passes.costs import Rates
-from .passes.fence import ScheduleBroken
-from .passes.normalize import normalize
-from .passes.rewire import hidden_from
-from .verify import _difference, _tensors, _tolerance, blocks_of
+from ..backend import plan_of
+from ..capture import prepare
+from ..config import FarskipConfig
+from ..convert import Converted, converted_of, decoder_of, install_capture_hooks
+from ..errors import ConfigError, FarskipError, NoMoEError
+from ..interpret import Direct
+from ..overlap import overlap_patches
+from ..passes._torch import COMPILED_APART, ignored_in_graphs
+from ..passes.checkpointing import inline_checkpoints
+from ..passes.costs import Rates
+from ..passes.fence import ScheduleBroken
+from ..passes.normalize import normalize
+from ..passes.rewire import hidden_from
+from ..verify import _difference, _tensors, _tolerance, blocks_of
 
 SEED = 0
 _OF_GRADIENTS = 1e-4    # the least tolerance: their sums are longer than those of outputs

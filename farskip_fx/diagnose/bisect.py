@@ -6,7 +6,7 @@ Outputs
      the oracle, nothing is wrong.
   2. The same without caches. If that agrees, it is a cache, and one more run tells which.
   3. The traced graph as it is, interpreted. If that differs from the eager model, tracing is wrong.
-  4. Halve the pipeline (``bisect_runs.stages_of``): the first stage that differs, held fixed from here on.
+  4. Halve the pipeline (``runs.stages_of``): the first stage that differs, held fixed from here on.
   5. Nothing converted, at this stage. If that is wrong too, the conversion has no part in it: halve the number of decoder
      layers. Else halve the layers: the shortest range of converted ones that is wrong, and of its last layer one half.
 
@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import backend
-from .bisect_runs import Runs, Stage, Timing, Trial, counted, stages_of, words
-from .config import FarskipConfig, merge
-from .connectivity import CONNECTIVITIES, DENSE, Reads, register_connectivity
-from .convert import converted_of
-from .errors import ConfigError, FarskipError
+from .. import backend
+from ..config import FarskipConfig, merge
+from ..connectivity import CONNECTIVITIES, DENSE, Reads, register_connectivity
+from ..convert import converted_of
+from ..errors import ConfigError, FarskipError
+from .runs import Runs, Stage, Timing, Trial, counted, stages_of, words
 
 MARGIN = 0.05       # slower than stock by less is no finding
 _ROUNDS = 7
@@ -173,7 +173,7 @@ def bisect(model: nn.Module, *args, config: FarskipConfig | Mapping | None = Non
     found = _slower(runs, MARGIN if tolerance is None else tolerance) if slower else _outputs(runs)
     found = dataclasses.replace(found, connectivity=str(chosen.connectivity), slower=slower)
     if not found.ok and reproducer:
-        from .bisect_script import script_of
+        from .script import script_of
         found = script_of(found, runs, model, args, inputs, source=source)
     return dataclasses.replace(found, trials=tuple(runs.trials))
 

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .agreement import Collective
-from .passes.describe import Found
-from .passes.rewire import Change, LayerReport, Rewired
-from .passes.timeline import Timeline
-from .report import Folded, Report
+from ..agreement import Collective
+from ..passes.describe import Found
+from ..passes.rewire import Change, LayerReport, Rewired
+from ..passes.timeline import Timeline
+from ..report import Folded, Report
 
 _PERIODS = 4        # that are traced: what the first does not repeat, two alike, and the last
 _INDEX = {"layer_idx", "layer_index", "layer_id", "layer_number"}
@@ -81,7 +81,8 @@ def unfold(report: Report, how: Folded) -> Report:
                           changes=tuple(grow.rows(rewired.changes, "layer", grow.change)),
                           nodes_added=grow.number(rewired.nodes_added, rewired.changes))
     return dataclasses.replace(
-        report, folded=how, rewired=rewired, collectives=tuple(grow.collectives(report.collectives)), found=tuple(grow.rows(report.found, "layer", grow.found)),
+        report, folded=how, rewired=rewired, collectives=tuple(grow.collectives(report.collectives)),
+        found=tuple(grow.rows(report.found, "layer", grow.found)),
         explained=tuple(dataclasses.replace(phase, before=grow.timeline(phase.before), after=grow.timeline(phase.after),
                                             bound_s=phase.bound_s + grow.more(phase.after)) for phase in report.explained))
 
@@ -140,8 +141,8 @@ class _Grow:
             moved = {"layer": row.layer + by}
             if hasattr(row, "start"):
                 return dataclasses.replace(row, **moved, start=row.start + (n if forward else self.times - n) * each)
-            return dataclasses.replace(row, **moved, name=f"{row.name}+{n}" if n else row.name, needed_by=_later(row.needed_by, by),
-                                       behind=tuple(_later(name, by) for name in row.behind))
+            return dataclasses.replace(row, **moved, name=f"{row.name}+{n}" if n else row.name,
+                                       needed_by=_later(row.needed_by, by), behind=tuple(_later(b, by) for b in row.behind))
 
         begins, ends = self._steady(line)
 

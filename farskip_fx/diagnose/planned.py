@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .errors import ConfigError
-from .expert_parallel import expert_parallel
-from .passes._torch import fake_store
+from ..errors import ConfigError
+from ..expert_parallel import expert_parallel
+from ..passes._torch import fake_store
 
 
 def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training: bool = False, ep: int = 1,
@@ -42,7 +42,7 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
     model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path, weights), None)
     model.train(training)
     if ep > 1:
-        expert_parallel(model, _own_group(ep), exchange=exchange)
+        expert_parallel(model, own_group(ep), exchange=exchange)
     if any(t.is_meta for t in model.parameters()):
         # Kernels are chosen by device. Memory that is never touched is never taken.
         model.to_empty(device="cpu")
@@ -79,7 +79,7 @@ def ranks_for(ep: int, *, real: bool = False) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _own_group(ep: int) -> dist.ProcessGroup:
+def own_group(ep: int) -> dist.ProcessGroup:
     """The ``ep`` neighbours of this rank. Every rank makes every group, as torch.distributed asks for."""
     world = dist.get_world_size()
     if world == ep:

@@ -1,6 +1,7 @@
 """``farskip profile``: a model from a configuration or a script, compiled, run and measured on every rank."""
 from __future__ import annotations
 
+import argparse
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
-from .convert import apply
-from .planned import planned, ranks_for
-from .profiling import Profile, profile
-from .view.terminal import megabytes, milliseconds, table
-from .view.text import plain
+from ..convert import apply
+from ..diagnose.planned import planned, ranks_for
+from ..diagnose.profiling import Profile, profile
+from ..view.terminal import megabytes, milliseconds, table
+from ..view.text import plain
+from .calibrate import rates_of
+from .common import add_model, add_place, add_rates, screen
 
 
-def run(source: Path, console: Console, *, ep: int, tokens: int, batch: int, training: bool, steps: int, options: dict,
+def measure(source: Path, console: Console, *, ep: int, tokens: int, batch: int, training: bool, steps: int, options: dict,
         trace: Path | None) -> None:
     with ranks_for(ep, real=True), ExitStack() as scoped:
         # A graph out of a cache has no schedule to compare with.
@@ -57,3 +60,31 @@ def show(found: Profile, console: Console) -> None:
         drawn.add_row(cost.kind, cost.rate, milliseconds(cost.predicted_s), milliseconds(cost.measured_s))
     console.print(drawn)
     console.print(Text(found.advice()))
+
+
+TEXT = """\
+Compile a model with random weights, run a few steps under torch.profiler, and set what each collective leaves exposed beside
+what the schedule predicted; then say which cost was most wrong, and the rates to schedule with. Every rank runs it:
+
+  torchrun --nproc-per-node 2 -m farskip_fx.cli profile config.json --ep 2 --train --trace build/measured.json
+
+MODEL is as for farskip explain. For a model of your own with its weights: farskip_fx.profile(step, model)."""
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("profile", help="measured beside predicted: exposed communication, and which cost is wrong",
+                            description=TEXT, formatter_class=argparse.RawTextHelpFormatter)
+    add_model(verb)
+    verb.add_argument("--connectivity", default="farskip", metavar="NAME", help="as in explain (farskip)")
+    add_place(verb, tokens=2048)
+    verb.add_argument("--steps", type=int, default=3, metavar="N", help="under the profiler (3)")
+    add_rates(verb)
+    verb.add_argument("--trace", type=Path, metavar="PATH", help="write torch.profiler's trace with the predicted lanes")
+    verb.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    measure(args.model, screen(), ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, steps=args.steps,
+            options={"connectivity": args.connectivity, **({"rates": rates_of(args.rates)} if args.rates else {})},
+            trace=args.trace)
+    return 0

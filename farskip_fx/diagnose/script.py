@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..config import FarskipConfig
+from ..connectivity import BUILT_IN
+from ..convert import converted_of
+from ..errors import FarskipError
+from ..saved import forget
 from .bisect import Bisection, half_of
-from .bisect_runs import SEED, Runs, Stage, stages_of
-from .config import FarskipConfig
-from .connectivity import BUILT_IN
-from .convert import converted_of
-from .errors import FarskipError
-from .planned import _own_group, ranks_for
-from .saved import forget
+from .planned import own_group, ranks_for
+from .runs import SEED, Runs, Stage, stages_of
 
 _ROUNDS = 15
 _WEIGHTS, _INPUTS, _MODEL = "weights", "inputs", "model"     # files beside the script, one for each rank
@@ -61,8 +61,8 @@ def reproduce(build: Callable[[], tuple[nn.Module, dict]], *, stage: str, connec
             model = model.to(device)
             inputs = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         if ep > 1:
-            from .expert_parallel import expert_parallel
-            expert_parallel(model, _own_group(ep), exchange=exchange)
+            from ..expert_parallel import expert_parallel
+            expert_parallel(model, own_group(ep), exchange=exchange)
         runs = Runs(model, (), inputs, config, gradients=gradients, tolerance=None if slower else tolerance)
         wrong, text = _again_slower(runs, stage, chosen, tolerance) if slower else _again(runs, stage, chosen, layers)
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -197,8 +197,8 @@ class _Building:
             made = runpy.run_path(str(self.source))["build"]()
             model = (made[0] if isinstance(made, tuple) else made).train(self.model.training)
         if self.ranks:
-            from .expert_parallel import expert_parallel
-            expert_parallel(model, _own_group(self.ranks["ep"]), exchange=self.ranks["exchange"])
+            from ..expert_parallel import expert_parallel
+            expert_parallel(model, own_group(self.ranks["ep"]), exchange=self.ranks["exchange"])
         return model
 
     def _config(self):
@@ -298,7 +298,7 @@ from pathlib import Path
 
 import torch
 
-from farskip_fx.bisect_script import draw, reproduce
+from farskip_fx.diagnose.script import draw, reproduce
 
 HERE, RANK = Path(__file__).resolve().parent, os.environ.get("RANK", "0")
 

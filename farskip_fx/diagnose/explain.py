@@ -19,27 +19,27 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from torch.fx import GraphModule
 
-from . import backend, frame
-from .agreement import collectives_of
-from .capture import prepare
-from .config import FarskipConfig, merge
-from .convert import converted_of, decoder_of, install_capture_hooks
-from .data_parallel import average_gradients
-from .errors import FarskipWarning, NoMoEError
+from .. import backend, frame
+from ..agreement import collectives_of
+from ..capture import prepare
+from ..config import FarskipConfig, merge
+from ..convert import converted_of, decoder_of, install_capture_hooks
+from ..data_parallel import average_gradients
+from ..errors import FarskipWarning, NoMoEError
+from ..passes._torch import COMPILED_APART, ignored_in_graphs, lowered
+from ..passes.checkpointing import inline_checkpoints
+from ..passes.costs import Rates
+from ..passes.describe import Found, describe
+from ..passes.detect import Blocks, detect, is_busy
+from ..passes.early_means import launch_means_early
+from ..passes.normalize import normalize
+from ..passes.places import mark
+from ..passes.prefetch import prefetch
+from ..passes.reasons import Reason
+from ..passes.residual import NoStream, find_streams
+from ..passes.schedule import schedule
+from ..report import Folded, Phase, Report, rank
 from .fold import folded, unfold
-from .passes._torch import COMPILED_APART, ignored_in_graphs, lowered
-from .passes.checkpointing import inline_checkpoints
-from .passes.costs import Rates
-from .passes.describe import Found, describe
-from .passes.detect import Blocks, detect, is_busy
-from .passes.early_means import launch_means_early
-from .passes.normalize import normalize
-from .passes.places import mark
-from .passes.prefetch import prefetch
-from .passes.reasons import Reason
-from .passes.residual import NoStream, find_streams
-from .passes.schedule import schedule
-from .report import Folded, Phase, Report, rank
 
 PHASES = ("forward", "backward")
 
@@ -74,7 +74,8 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     forward = converted.forward.__wrapped__ if converted is not None else owner.forward
     if gradients is None:
         gradients = model.training and torch.is_grad_enabled()
-    tracer = _Tracer(_settings(model, converted, config), f"{type(owner).__name__}.forward", gradients=gradients, predict=predict)
+    tracer = _Tracer(_settings(model, converted, config), f"{type(owner).__name__}.forward", gradients=gradients,
+                     predict=predict)
     with (folded(owner) if fold else nullcontext()) as how, _traced(owner, forward, tracer):
         try:
             with torch.set_grad_enabled(tracer.gradients):
@@ -191,8 +192,8 @@ class _Tracer:
         lines = [line.strip() for line in why.splitlines() if line.strip()]
         at = next((line for line in reversed(lines) if line.startswith("File ")), "")
         self.report = Report(graph=self.name, config=self.config, unchanged=Reason(
-            "graph_break", f"The graph breaks{at and f' at {at}'}: {lines[0] if lines else 'no reason given'}. Remove what breaks it "
-            "(run with TORCH_LOGS=graph_breaks)"))
+            "graph_break", f"The graph breaks{at and f' at {at}'}: {lines[0] if lines else 'no reason given'}. Remove what "
+            "breaks it (run with TORCH_LOGS=graph_breaks)"))
 
     def _phases(self, before: GraphModule, after: GraphModule, example_inputs: list) -> tuple[Phase, ...]:
         rates = self.config.rates or Rates()

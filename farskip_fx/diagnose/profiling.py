@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .convert import converted_of
-from .errors import ConfigError
-from .passes.costs import Rates
-from .report import Phase, Report, last_reports
+from ..convert import converted_of
+from ..errors import ConfigError
+from ..passes.costs import Rates
+from ..report import Phase, Report, last_reports
 
 _STEP = "farskip_step"
 _MATMULS = ("mm", "addmm", "bmm", "baddbmm", "linear", "grouped_mm")

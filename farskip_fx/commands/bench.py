@@ -1,0 +1,111 @@
+"""``farskip bench``: variants of a model on ranks over an emulated slow link."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..bench.link import KINDS
+from ..bench.run import run, wrong
+from ..bench.spec import BOTH, MODES, REWIRED, VARIANTS, Shape, Spec
+from .common import screen
+
+TEXT = """\
+Time a Mixture-of-Experts model on two ranks over an emulated slow link.
+
+Two processes, one core each, stand in two network namespaces joined by a shaped link. HF Qwen3-MoE is built from the
+sizes below and its experts are split over both. Every variant is compiled in one process, checked against an eager
+reference, and timed in turn with the others, on the fast link (not shaped) and on the slow one. The slow link's rate is
+found by measuring: it is the one at which the model's exchanges alone take --comm-ratio of its compute alone.
+
+modes:
+  forward           no gradients
+  train             forward + backward; gradients are not averaged
+  step              forward + backward with the means of gradients in its graph (they count among the exchanges), clipping,
+                    AdamW; the same in every variant. --dp N has N replicas of the two ranks.
+
+variants:
+  stock             standard connectivity, stock Inductor (always measured)
+  inductor_overlap  standard connectivity, Inductor's own overlap passes
+  rewired_stock     rewired, stock Inductor
+  farskip           rewired, scheduled and fenced"""
+
+END = """\
+examples:
+  farskip bench --quick                               a small model, forward only: does it work here?
+  farskip bench --mode train --layers 3 --tokens 1024
+  farskip bench --comm-ratio 0.25 0.5 1.0 --json build/curve.json
+  farskip bench --mode step --layers 3 --tokens 1024 --comm-ratio 1.0            a whole training step
+  farskip bench --mode step --dp 2 --layers 3 --tokens 1024 --comm-ratio 1.0     the same, dp 2 x ep 2: four ranks
+
+The link needs root, or a user namespace (`unshare -Urn true` tells whether they are allowed here). Without either all
+ranks use loopback; that is said, and slow then equals fast. Nothing else should run on the cores. With more ranks than
+cores only ratios mean something: ranks that share a core slow each other down."""
+
+SIZES = {
+    "layers": "decoder layers",
+    "hidden": "width of the residual stream",
+    "tokens": "tokens a rank, one sequence",
+    "experts": "routed experts, split over two ranks",
+    "top_k": "experts a token",
+    "moe_intermediate": "width of an expert",
+}
+
+QUICK = {"layers": 2, "hidden": 128, "tokens": 256, "moe_intermediate": 64}
+
+
+def add(verbs: argparse._SubParsersAction) -> None:
+    bench = verbs.add_parser("bench", help="time a model on two ranks over an emulated slow link",
+                             description=TEXT, epilog=END, formatter_class=argparse.RawTextHelpFormatter)
+    shape = Shape()
+    model = bench.add_argument_group("model")
+    for name, what in SIZES.items():
+        flag, usual = f"--{name.replace('_', '-')}", getattr(shape, name)
+        model.add_argument(flag, type=int, metavar="N", help=f"{what} ({usual})")
+    model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
+    what = bench.add_argument_group("what is measured")
+    what.add_argument("--mode", choices=(*MODES, "both"), default="forward",
+                      help="see above; both is forward and train (forward)")
+    what.add_argument("--dp", type=int, default=1, metavar="N", help="replicas, mode step only: 2 N ranks (1)")
+    what.add_argument("--bucket-mb", type=float, default=Spec.bucket_mb, metavar="MB",
+                      help=f"mode step: MiB of gradients that travel together ({Spec.bucket_mb:g})")
+    what.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                      help="some of the above (all)")
+    what.add_argument("--connectivity", choices=REWIRED, default="farskip",
+                      help="of the rewired variants (farskip); the bound that is reported is always that of farskip")
+    what.add_argument("--comm-ratio", nargs="+", type=float, default=[0.5], metavar="R",
+                      help="exchanges alone over compute alone, slow link; several give the curve (0.5)")
+    what.add_argument("--rounds", type=int, metavar="N", help="each times everything once (8; quick 3)")
+    what.add_argument("--budget", type=float, default=90.0, metavar="S",
+                      help="seconds for the rounds of a mode: fewer rounds where they do not fit (90)")
+    what.add_argument("--quick", action="store_true",
+                      help="a small model where no size is given: its times mean nothing")
+    where = bench.add_argument_group("where")
+    where.add_argument("--json", type=Path, metavar="PATH", help="write everything measured there")
+    where.add_argument("--no-netns", action="store_true", help="loopback, no emulated link")
+    where.add_argument("--verbose", action="store_true", help="show what rank 0's libraries print")
+    bench.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    shape = replace(Shape(), **({**QUICK, **given} if args.quick else given))
+    rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
+    spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
+                variants=in_order(args.variants), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
+                seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb, connectivity=args.connectivity)
+    return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
+                      verbose=args.verbose))
+
+
+def in_order(variants: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in VARIANTS if name == "stock" or name in variants)
+
+
+def report(result: dict) -> int:
+    """The exit status: a run in which a variant computed something else has failed."""
+    for line in wrong(result):
+        print(f"not the reference's result: {line}", file=sys.stderr)
+    return 1 if wrong(result) else 0
