@@ -57,7 +57,7 @@ def ids_of(size):
     return torch.randint(3, 100, size, generator=torch.Generator().manual_seed(size[0] * 100 + size[1]))
 
 
-@pytest.mark.parametrize("way", ["apply", "compile"])
+@pytest.mark.parametrize("way", ["apply", pytest.param("compile", marks=pytest.mark.slow)])
 def test_dynamic_shapes_compile_once(way):
     plain = fresh()
     if way == "apply":

@@ -46,6 +46,7 @@ def measured(rank, folder):
     return one, fs.calibrate(cache=folder / ("both" if rank == 0 else "empty"), **SMALL)
 
 
+@pytest.mark.slow
 def test_the_same_on_every_rank(tmp_path):
     (one, again), (other, other_again) = run_ranks(measured, 2, folder=tmp_path)
     assert one == other == again == other_again and one.link_bytes != fs.Rates().link_bytes

@@ -196,6 +196,7 @@ def training(rank):
     return norms, same_everywhere(ours, mesh), losses, refused
 
 
+@pytest.mark.slow
 def test_accumulation():
     for found in run_ranks(accumulation, 2):
         assert found["each"] <= 1e-5 and found["once"] <= 1e-5 and found["before"] > 1e-2, found

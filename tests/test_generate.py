@@ -55,8 +55,8 @@ def compile_config(**options):
     ("deepseek_v3", "farskip"),
     *(pytest.param("deepseek_v3", name, marks=pytest.mark.slow) for name in ("none", "attn_only", "mlp_only", "ladder")),
     *(pytest.param(family, name, marks=pytest.mark.slow) for family, name in (
-        ("qwen3_moe", "farskip"), ("nemotron_h", "farskip"), ("gpt_oss", "ladder"), ("glm_moe_dsa", "attn_only"))),
-    ("qwen3_next", "farskip"),
+        ("qwen3_moe", "farskip"), ("nemotron_h", "farskip"), ("gpt_oss", "ladder"), ("glm_moe_dsa", "attn_only"),
+        ("qwen3_next", "farskip"))),
 ])
 def test_cached_is_uncached(family, connectivity, cache):
     got = applied(connectivity, family).generate(IDS, cache_implementation=cache, **GREEDY)

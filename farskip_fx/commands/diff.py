@@ -34,7 +34,7 @@ def diff(first: Path, second: Path, console: Console, *, as_json: bool) -> int:
         print(json.dumps(differences, indent=1))
     else:
         for line in compare.lines(differences):
-            console.print(Text(line))
+            console.print(Text(line), soft_wrap=True)       # a line is a difference
     return 1 if differences else 0
 
 

@@ -22,7 +22,7 @@ def show(report: dict, console: Console, *, layer: int | None = None, sides: Seq
         sides: "before", "after" or both.
     """
     for line in lines(report) if layer is None else [plain(report["summary"])]:
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
     if report["folded"]:
         fold = report["folded"]
         console.print(f"{fold['traced']} of {fold['layers']} layers were traced; the others repeat the last "
