@@ -52,7 +52,7 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
     if kept is not None:
         return Rates(**kept)
     found = compute_rates(device=device, dtype=dtype, hidden=hidden, tokens=tokens, heads=max(1, hidden // head_dim),
-                          head_dim=head_dim)
+                          head_dim=head_dim, together=(lambda: dist.barrier(group)) if ranks > 1 else None)
     if ranks > 1:
         found |= link_rates(group, device)
     rates = Rates(**_agreed(found, group, ranks))
@@ -63,9 +63,14 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
 
 # --- the device --------------------------------------------------------------------------------------------------
 
-def compute_rates(*, device: torch.device, dtype: torch.dtype, hidden: int, tokens: int, heads: int, head_dim: int
-                  ) -> dict[str, float]:
-    """Fields of ``Rates``, at a model's own sizes: a second or two."""
+def compute_rates(*, device: torch.device, dtype: torch.dtype, hidden: int, tokens: int, heads: int, head_dim: int,
+                  together: Callable[[], None] | None = None) -> dict[str, float]:
+    """Fields of ``Rates``, at a model's own sizes: a few seconds.
+
+    Args:
+        together: returns on all ranks at once, so that they measure while the others compute, too: cores share caches,
+            memory and often their arithmetic.
+    """
     width = heads * head_dim
     x, weight = (torch.randn(n, hidden, device=device, dtype=dtype) for n in (tokens, width))
     # A step's values do not come from the cache: go round over enough of them.
@@ -73,13 +78,14 @@ def compute_rates(*, device: torch.device, dtype: torch.dtype, hidden: int, toke
     streams = itertools.cycle([torch.randn_like(x) for _ in range(max(2, _STREAMED_BYTES // size))])
     query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None]   # as transformers hands it over
-    tiny = torch.ones(8, 8, device=device, dtype=dtype)
+    tiny, rows = torch.ones(8, 8, device=device, dtype=dtype), torch.randperm(tokens, device=device)
     with torch.no_grad():
         overhead = best(lambda: F.linear(tiny, tiny), device)
-        matmul, attention, memory = (max(best(run, device) - overhead, 1e-9) for run in (
+        # Loops of an MoE mostly permute rows: that is slower than to stream.
+        matmul, attention, memory = (max(typical(run, device, together) - overhead, 1e-9) for run in (
             lambda: F.linear(x, weight),
             lambda: F.scaled_dot_product_attention(query, query, query, attn_mask=mask),
-            lambda: torch.mul(next(streams), 2.0)))
+            lambda: next(streams)[rows]))
     return {
         "matmul_flops": 2 * tokens * hidden * width / matmul,
         # Of the whole square: with a mask that is data the kernel skips nothing, and the cost model counts it all.
@@ -87,6 +93,23 @@ def compute_rates(*, device: torch.device, dtype: torch.dtype, hidden: int, toke
         "memory_bytes": 2 * size / memory,
         "kernel_overhead": overhead,
     }
+
+
+def typical(run: Callable[[], object], device: torch.device, together: Callable[[], None] | None, seconds: float = 0.6
+            ) -> float:
+    """The median time of several runs, with all ranks at work."""
+    run()
+    if together is not None:
+        together()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def best(run: Callable[[], object], device: torch.device, seconds: float = 0.3, least: int = 3) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+import torch.distributed as dist
 
 from ..calibrate import compute_rates as device_rates
 from .exchanges import Exchange
@@ -72,9 +73,7 @@ def link_rates(exchanges: list[Exchange], seconds: list[float]) -> dict[str, flo
     return {"link_bytes": carried / took, "link_latency": latency}
 
 
-def compute_rates(shape: Shape, sharing: int) -> dict[str, float]:
-    """A rank's speed at the model's own sizes: that of its core over the ranks that share it."""
-    found = device_rates(device=torch.device("cpu"), dtype=torch.float32, hidden=shape.hidden, tokens=shape.tokens,
-                         heads=shape.heads, head_dim=shape.head_dim)
-    overhead = found.pop("kernel_overhead")
-    return {**{name: rate / sharing for name, rate in found.items()}, "kernel_overhead": overhead * sharing}
+def compute_rates(shape: Shape) -> dict[str, float]:
+    """A rank's speed at the model's own sizes, while all ranks compute."""
+    return device_rates(device=torch.device("cpu"), dtype=torch.float32, hidden=shape.hidden, tokens=shape.tokens,
+                        heads=shape.heads, head_dim=shape.head_dim, together=dist.barrier)

@@ -74,7 +74,7 @@ class Measurement:
         self.mine = range(self.rank % EP * local, (self.rank % EP + 1) * local)
         sharing = self.parent.sharing
         self.pieces: Pieces = time_pieces(whole, self.ids, sum(rows[first:first + EP]).tolist(), self.mine, sharing)
-        self.compute_rates: dict[str, float] = from_rank_0(compute_rates(self.shape, sharing))
+        self.compute_rates: dict[str, float] = from_rank_0(compute_rates(self.shape))
         self.model = build(self.shape, self.spec.seed)
         self.parallel = product.shard(self.model, self.spec, means=self.means_taken)
         if self.means_taken:
