@@ -67,7 +67,7 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
         with _timed(report, "checkpointing"):
             report.checkpoints = inline_checkpoints(gm, gradients=torch.is_grad_enabled())
     if config.names:
-        _rewire(gm, config, report, where, shown.graph)
+        rewire_graph(gm, config, report, where, shown.graph)
     if config.data_parallel is not None:
         report.buckets = average_gradients(gm, example_inputs, config.data_parallel, paused=where.is_paused(config.data_parallel))
         shown.graph("after_data_parallel", gm)
@@ -77,8 +77,8 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     return compiled
 
 
-def _rewire(gm: GraphModule, config: FarskipConfig, report: Report, where: frame.Frame,
-            show: Callable[[str, GraphModule], None] = nobody) -> None:
+def rewire_graph(gm: GraphModule, config: FarskipConfig, report: Report, where: frame.Frame,
+                 show: Callable[[str, GraphModule], None] = nobody) -> None:
     show("before_normalize", gm)
     if report.checkpoints.refused is not None:
         return _leave(report, where, gm, report.checkpoints.refused, part=True)

@@ -21,9 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from .passes._torch import process_group
 from .passes.costs import Rates
 
 VERSION = 1
@@ -59,6 +61,17 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
     if file is not None and (ranks == 1 or dist.get_rank(group) == 0):
         _write(file, rates)
     return rates
+
+
+def calibrate_for(model: nn.Module) -> Rates:
+    """``calibrate`` at the sizes of ``model``, over the ranks that its experts are split over."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    experts = next((g for p in model.parameters() if (g := getattr(p, "_farskip_expert_group", None)) is not None), None)
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return calibrate(None if experts is None else process_group(experts.group.name), dtype=weight.dtype,
+                     device=None if weight.is_meta else weight.device, hidden=getattr(config, "hidden_size", 1024),
+                     head_dim=getattr(config, "head_dim", None) or 64)
 
 
 # --- the device --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .per_layer import PerLayer, Runs, runs_of
 # Of the fields. A release that does not know a value of one (a connectivity for each layer, a registered name) refuses
 # it, so a new kind of value needs no new version; a field that it would ignore, or read as something else, does.
 VERSION = 1
-_COSTS = ("analytic",)
+_COSTS = ("analytic", "profiled")
 _INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -31,7 +31,8 @@ class FarskipConfig:
         layers: ``"all"``, decoder layer indices (list, tuple or range), or ``"last:SHARE"``: the last SHARE (0 to 1)
             of the layers, rounded to whole layers. With a connectivity for each layer only ``"all"``.
         overlap: reorder collectives so that they run behind compute, and hold that order in Inductor.
-        costs: ``"analytic"``: costs from formulas and ``rates``.
+        costs: ``"analytic"``: costs from formulas and ``rates``; ``"profiled"``: from ``rates`` that were measured, which
+            ``apply`` does (``farskip_fx.calibrate``) where none are given.
         inner: what compiles the rewired graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         strict: a requested layer that cannot be rewired, or a model split over several graphs, is an error. False:
             such layers stay as they are, with one warning.
@@ -67,6 +68,9 @@ class FarskipConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.attention_parts, int) or self.attention_parts < 1:
             raise ConfigError(f"attention_parts must be 1 or more, got {self.attention_parts!r}")
+        if self.costs == "profiled" and self.rates is None:
+            raise ConfigError("costs='profiled' needs rates, equal on all ranks, and no compile may measure them: use "
+                              "farskip_fx.apply(model, costs='profiled'), or pass rates=farskip_fx.calibrate(group)")
         if self.version != VERSION:
             raise ConfigError(f"version {self.version!r} of the farskip configuration; this release of farskip_fx "
                               f"reads version {VERSION}: install the release that wrote it, or convert again")

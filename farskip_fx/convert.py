@@ -5,7 +5,7 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backend import agree, farskip_backend
+from .calibrate import calibrate_for
 from .capture import prepare
 from .config import FarskipConfig, merge
 from .data_parallel import data_parallel
@@ -87,7 +88,8 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
         model: a model with a list of decoder layers, Hugging Face or not.
         config: a ``FarskipConfig`` or a dict of its fields; alternatively give the fields as keywords. With
             ``data_parallel`` (a DeviceMesh or a process group) the whole forward of ``model`` is compiled, head and loss
-            included, and its gradients are averaged in the backward; collective, after ``expert_parallel``.
+            included, and its gradients are averaged in the backward; collective, after ``expert_parallel``. With
+            ``costs="profiled"`` and no ``rates`` they are measured here; collective over the ranks that share the experts.
         dynamic: as in ``torch.compile``.
 
     Returns:
@@ -101,6 +103,8 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     given = _options(config, options)
     if isinstance(given.get("data_parallel"), (DeviceMesh, ProcessGroup)):
         given["data_parallel"] = data_parallel(model, given["data_parallel"])
+    if given.get("costs") == "profiled" and given.get("rates") is None:
+        given["rates"] = calibrate_for(model)
     earlier = converted_of(model)
     if earlier is not None:
         if earlier.forward._compiled is not None:
@@ -178,7 +182,23 @@ def install_capture_hooks(module: nn.Module | None, kwargs: dict) -> None:
             library.maybe_install_capturing_hooks(one)
 
 
-def _options(config: FarskipConfig | dict | None, options: dict) -> dict:
+def settings_of(model: nn.Module, config: FarskipConfig | Mapping | None = None) -> FarskipConfig:
+    """What ``model`` was converted with, or would be by ``apply(model, config)``.
+
+    Raises:
+        ConfigError: ``config`` contradicts the conversion, or what the checkpoint says.
+    """
+    given, converted = _options(config, {}), converted_of(model)
+    if converted is not None:
+        known = converted.forward.config
+        agree(given, known.saved(), "the configuration given to farskip_fx.apply")
+        return FarskipConfig.from_dict(merge(known.to_dict(), given))
+    saved = getattr(getattr(model, "config", None), "farskip", None)
+    agree(given, saved, "the checkpoint (config.farskip)")
+    return FarskipConfig.from_dict(merge(saved, given))
+
+
+def _options(config: FarskipConfig | Mapping | None, options: dict) -> dict:
     return {**(config.to_dict() if isinstance(config, FarskipConfig) else config or {}), **options}
 
 

@@ -111,11 +111,11 @@ def verify(model: nn.Module, *args, tolerance: float | None = None, **kwargs) ->
         trace = _Trace(converted.config, seed)
         _original(converted, trace)(*calls[0][0], **calls[0][1])
     reference, got = trace.reference, owner_output[0]
-    tolerance = _tolerance(reference) if tolerance is None else tolerance
-    layers = [LayerDifference(index=i, label=label, difference=_difference(a, b))
+    tolerance = tolerance_of(reference) if tolerance is None else tolerance
+    layers = [LayerDifference(index=i, label=label, difference=difference_of(a, b))
               for i, (label, a, b) in enumerate(zip(trace.labels, trace.compiled_states, trace.states))]
     return Verification(connectivity=str(converted.config.connectivity), tolerance=tolerance, layers=tuple(layers),
-                        output=_difference(got, reference))
+                        output=difference_of(got, reference))
 
 
 class _Trace:
@@ -191,19 +191,19 @@ def _own(value):
     return value.clone() if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) else value
 
 
-def _tensors(value) -> list[torch.Tensor]:
+def tensors_in(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+    return [t for item in value for t in tensors_in(item)] if isinstance(value, (tuple, list)) else []
 
 
-def _difference(got, reference) -> float:
+def difference_of(got, reference) -> float:
     """Largest difference over all tensors, relative to the largest value of each; not a number where one is."""
-    pairs = list(zip(_tensors(got), _tensors(reference), strict=True))
+    pairs = list(zip(tensors_in(got), tensors_in(reference), strict=True))
     return max((((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in pairs if b.numel()), default=0.0)
 
 
-def _tolerance(reference) -> float:
-    return max((max(1e-5, _ROUNDINGS * torch.finfo(t.dtype).eps) for t in _tensors(reference)), default=1e-5)
+def tolerance_of(reference) -> float:
+    return max((max(1e-5, _ROUNDINGS * torch.finfo(t.dtype).eps) for t in tensors_in(reference)), default=1e-5)

@@ -235,7 +235,7 @@ def test_autocast(connectivity):
     close(logits_of(fast(IDS, use_cache=False)), expected(plain, connectivity, input_ids=IDS))     # and without again
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.no_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow), torch.enable_grad])
 def test_apply_under_a_gradient_mode(mode):
     plain = fresh()
     with mode():

@@ -209,6 +209,7 @@ time.sleep(60)
 """)
 
 
+@pytest.mark.slow
 def test_the_cause_is_shown_and_not_the_broken_connection(ranks):
     with pytest.raises(RankFailed) as failed:
         ranks("""
@@ -222,6 +223,7 @@ time.sleep(60)
     assert "the cause" in str(failed.value) and "Connection closed" not in str(failed.value)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_silently_is_reported_with_what_it_printed(ranks):
     with pytest.raises(RankFailed, match="(?s)rank 1 ended with signal SIGABRT.*the last words"):
         ranks("""
@@ -392,6 +394,7 @@ def test_command_line(capsys):
 TINY = Shape(layers=2, hidden=64, tokens=64, experts=4, moe_intermediate=32, heads=2, kv_heads=1, head_dim=32, vocab=64)
 
 
+@pytest.mark.slow
 def test_end_to_end_without_inductor(tmp_path):
     """Every step of a run and the schema of its JSON; ``aot_eager`` takes seconds where Inductor takes minutes."""
     from rich.console import Console

@@ -210,6 +210,7 @@ def test_a_rewiring_fault_and_its_script(tmp_path):
     assert good_status == 0 and good.startswith("not reproduced: rewire, layer 2 mlp_only: differs by 0.0e+00"), good
 
 
+@pytest.mark.slow
 def test_nothing_wrong():
     """Gradients too; a converted model is asked about as it was converted, and stays so."""
     model, inputs = families.tiny("deepseek_v3", jitter=0.1), families.inputs("deepseek_v3")

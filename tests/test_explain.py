@@ -1,5 +1,6 @@
 """``explain``, its words and its figures; reports that are compared; measured beside predicted."""
 import contextlib
+import copy
 import io
 import json
 
@@ -7,18 +8,21 @@ import families
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings, strategies
 from ranks import run_ranks
 from rich.console import Console
 from torch import nn
 
 import farskip_fx as fs
 from farskip_fx.cli import main
+from farskip_fx.commands.explain import explain_source
 from farskip_fx.diagnose.fold import fold_of
 from farskip_fx.passes.costs import PRESETS
 from farskip_fx.passes.timeline import Collective, Timeline
 from farskip_fx.diagnose.profiling import compare as beside
 from farskip_fx.report import Folded, Phase, Report
 from farskip_fx.view import compare, terminal
+from farskip_fx.view.html import page
 from farskip_fx.view.text import plain
 
 FAMILY = "deepseek_v3"
@@ -127,20 +131,18 @@ def test_a_call_that_reaches_no_decoder():
 
 # --- ranks and predictions ----------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def planned_reports(tmp_path_factory):
-    """A model of seven layers over two ranks that are not there, folded and whole."""
+def test_planned_for_ranks_that_are_not_there(config_file):
+    """A model of seven layers over two ranks, folded and whole. One test: each of the two takes some seconds."""
     if dist.is_initialized():
         pytest.skip("this process has ranks already")
-    path = tmp_path_factory.mktemp("planned") / "config.json"
-    path.write_text(json.dumps(CONFIG))
-    from farskip_fx.commands.explain import explain_source
-    return [explain_source(path, ep=2, tokens=256, batch=1, training=False, rates=None, options={}, fold=fold, predict=True)
-            for fold in (True, False)]
+    reports = [explain_source(config_file, ep=2, tokens=256, batch=1, training=False, rates=None, options={}, fold=fold,
+                              predict=True) for fold in (True, False)]
+    folded_is_the_whole(*reports)
+    what_is_predicted_adds_up(reports)
+    views_show_the_reports_figures(reports[0].to_dict())
 
 
-def test_folded_is_the_whole(planned_reports):
-    folded, whole = planned_reports
+def folded_is_the_whole(folded, whole):
     assert folded.folded == Folded(layers=7, traced=5, period=1) and whole.folded is None
     assert folded.layers == whole.layers
     assert [(c.layer, c.block, c.op) for c in folded.changes] == [(c.layer, c.block, c.op) for c in whole.changes]
@@ -155,8 +157,8 @@ def test_folded_is_the_whole(planned_reports):
         assert one.bound_s == pytest.approx(other.bound_s, rel=0.02)
 
 
-def test_what_is_predicted_adds_up(planned_reports):
-    for report in planned_reports:
+def what_is_predicted_adds_up(reports):
+    for report in reports:
         (phase,) = report.phases
         assert phase.before.exposed_s > phase.after.exposed_s > 0 and phase.bound_s <= phase.after.seconds < phase.before.seconds
         for line in (phase.before, phase.after):
@@ -171,8 +173,7 @@ def test_what_is_predicted_adds_up(planned_reports):
             assert all(c.layer is not None and c.needed_by for c in line.collectives)
 
 
-def test_views_show_the_reports_figures(planned_reports):
-    report = planned_reports[0].to_dict()
+def views_show_the_reports_figures(report):
     text = drawn(report)
     for phase in report["phases"]:
         for side in ("before", "after"):
@@ -230,25 +231,49 @@ def test_script(tmp_path, capsys):
 
 # --- names from the model -----------------------------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def small_report():
+    report = explained()
+    report.explained = report_of([1e-3, 2e-3, 0.0]).explained
+    return report.to_dict()
+
+
 HOSTILE = ["<script>alert(1)</script>", "\x1b[31mred\x1b[0m\x07", "[bold]markup[/bold] [link=http://x]y[/link]", "a" * 5000,
            "\u202egnp.exe", "line\nbreak\ttab", "\N{ZERO WIDTH JOINER}\N{SNAKE}", "'\"`$(rm)"]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_names(planned_reports, name):
+def test_hostile_names(small_report, name):
     def poison(value):
         if isinstance(value, dict):
             return {k: name if k in ("label", "source", "needed_by", "model", "evidence", "adds") else poison(v)
                     for k, v in value.items()}
         return [poison(v) for v in value] if isinstance(value, list) else value
 
-    clean = planned_reports[0].to_dict()
-    report = poison(clean)
+    report = poison(small_report)
     report["layers"][1]["refused"] = {"code": "x", "text": name}
-    for text in (drawn(report), drawn(report, layer=2), "\n".join(compare.lines(compare.compare(clean, report)))):
+    for text in (drawn(report), drawn(report, layer=2), "\n".join(compare.lines(compare.compare(small_report, report)))):
         assert all(c.isprintable() or c == "\n" for c in text) and "a" * 400 not in text.replace("\n", "")
     if name.startswith("[bold]"):
         assert "[bold]markup" in drawn(report, layer=2)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=strategies.text(max_size=400))
+def test_any_name(small_report, name):
+    """Every text of a report may come from a model: a line of a terminal stays one, and a page has no markup of it."""
+    report = copy.deepcopy(small_report)
+    for layer in report["layers"]:
+        layer["label"] = name
+        layer["refused"] = {"code": "x", "text": name}
+        for block in layer["blocks"]:
+            block.update(label=name, evidence=name, source=name, reads=name, adds=name)
+    report.update(model=name, graph=name, summary=name, errors=[name])
+    for text in (drawn(report), drawn(report, layer=1)):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    html = page(report)
+    shown = html.split('id="report">')[1].split("</script>")[0]
+    assert "<" not in shown and ">" not in shown and len(html.split("<script")) == len(page(small_report).split("<script"))
 
 
 def test_plain_is_short_and_printable():
@@ -337,6 +362,7 @@ def compared(rank):
     return report.rank, len(report.collectives), ""
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_what_is_explained():
     for rank, (own, collectives, said) in enumerate(run_ranks(compared, 2)):
         assert own == rank and collectives == 6

@@ -71,7 +71,8 @@ def test_one_graph_for_the_prompt_and_two_for_decoding():
     assert counters["stats"]["unique_graphs"] - before == 3
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("options", [
+    pytest.param({}, marks=pytest.mark.slow), {"use_cache": False}, {"cache_implementation": "static"}])
 def test_left_padding(options):
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     ids[1, :4], mask[1, :4] = 0, 0
@@ -80,6 +81,7 @@ def test_left_padding(options):
     assert torch.equal(got[1, 4:], greedy(fresh(), ids=IDS[1:, 4:])[0])
 
 
+@pytest.mark.slow
 def test_prefill_in_chunks():
     assert torch.equal(applied().generate(IDS, prefill_chunk_size=4, **GREEDY), greedy(fresh()))
 
@@ -87,7 +89,7 @@ def test_prefill_in_chunks():
 # --- other ways to search: what comes out with a cache is what comes out without ----------------------------------
 
 @pytest.mark.parametrize("options", [
-    pytest.param({"do_sample": False, "num_beams": 3}, marks=pytest.mark.slow), {"do_sample": True, "top_k": 20},
+    pytest.param({"do_sample": False, "num_beams": 3}, marks=pytest.mark.slow), pytest.param({"do_sample": True, "top_k": 20}, marks=pytest.mark.slow),
     pytest.param({"do_sample": True, "num_beams": 2}, marks=pytest.mark.slow),
 ], ids=["beams", "sampling", "beam sampling"])
 def test_search(options):

@@ -113,7 +113,7 @@ def every_connectivity(rank, *, families_, exchange):
     return failures
 
 
-@pytest.mark.parametrize("exchange", ["all_to_all", pytest.param("all_reduce", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exchange", [pytest.param("all_to_all", marks=pytest.mark.slow), pytest.param("all_reduce", marks=pytest.mark.slow)])
 def test_every_connectivity_with_exchanges(exchange):
     """Rewiring alone, with the exchanges in the graph; openai_privacy_filter breaks without expert parallelism."""
     chosen = ["deepseek_v3", "gpt_oss", "openai_privacy_filter"]

@@ -42,12 +42,12 @@ def test_names_the_first_layer_that_differs():
     model, inputs = converted("deepseek_v3", connectivity="farskip")
     builds = rewire_pass._redirect
 
-    def wrong(builder, blocks, redirect):
+    def wrong(builder, blocks, redirect, layer):
         """The read of layer 2's attention is built from the state before."""
         if redirect.block is blocks.layers[2].leading[0]:
             state = redirect.block.stream.states[redirect.block.contribution.origin - 1]
             redirect = rewire_pass._Redirect(block=redirect.block, state=redirect.state, value=state, hidden=(), clones=())
-        return builds(builder, blocks, redirect)
+        return builds(builder, blocks, redirect, layer)
 
     with mock.patch.object(rewire_pass, "_redirect", wrong):
         found = fs.verify(model, **inputs)

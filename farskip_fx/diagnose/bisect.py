@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import backend
-from ..config import FarskipConfig, merge
+from ..config import FarskipConfig
 from ..connectivity import CONNECTIVITIES, DENSE, Reads, register_connectivity
-from ..convert import converted_of
+from ..convert import settings_of
 from ..errors import ConfigError, FarskipError
 from .runs import Runs, Stage, Timing, Trial, counted, stages_of, words
 
@@ -166,7 +165,7 @@ def bisect(model: nn.Module, *args, config: FarskipConfig | Mapping | None = Non
     """
     if gradients is None:
         gradients = model.training and torch.is_grad_enabled()
-    chosen = _settings(model, config)
+    chosen = settings_of(model, config)
     if gradients and chosen.data_parallel is not None:
         raise ConfigError("bisect does not compare averaged gradients: pass gradients=False, or leave data_parallel out")
     runs = Runs(model, args, inputs, chosen, gradients=gradients, tolerance=tolerance, told=told)
@@ -176,18 +175,6 @@ def bisect(model: nn.Module, *args, config: FarskipConfig | Mapping | None = Non
         from .script import script_of
         found = script_of(found, runs, model, args, inputs, source=source)
     return dataclasses.replace(found, trials=tuple(runs.trials))
-
-
-def _settings(model: nn.Module, config: FarskipConfig | Mapping | None) -> FarskipConfig:
-    given = config.to_dict() if isinstance(config, FarskipConfig) else dict(config or {})
-    converted = converted_of(model)
-    if converted is not None:
-        known = converted.forward.config
-        backend.agree(given, known.saved(), "the configuration given to farskip_fx.apply")
-        return FarskipConfig.from_dict(merge(known.to_dict(), given))
-    saved = getattr(getattr(model, "config", None), "farskip", None)
-    backend.agree(given, saved, "the checkpoint (config.farskip)")
-    return FarskipConfig.from_dict(merge(saved, given))
 
 
 # --- halving -----------------------------------------------------------------------------------------------------

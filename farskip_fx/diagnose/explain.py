@@ -22,8 +22,8 @@ from torch.fx import GraphModule
 from .. import backend, frame
 from ..agreement import collectives_of
 from ..capture import prepare
-from ..config import FarskipConfig, merge
-from ..convert import converted_of, decoder_of, install_capture_hooks
+from ..config import FarskipConfig
+from ..convert import converted_of, decoder_of, install_capture_hooks, settings_of
 from ..data_parallel import average_gradients
 from ..errors import FarskipWarning, NoMoEError
 from ..passes._torch import COMPILED_APART, ignored_in_graphs, lowered
@@ -74,7 +74,7 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     forward = converted.forward.__wrapped__ if converted is not None else owner.forward
     if gradients is None:
         gradients = model.training and torch.is_grad_enabled()
-    tracer = _Tracer(_settings(model, converted, config), f"{type(owner).__name__}.forward", gradients=gradients,
+    tracer = _Tracer(settings_of(model, config), f"{type(owner).__name__}.forward", gradients=gradients,
                      predict=predict)
     with (folded(owner) if fold else nullcontext()) as how, _traced(owner, forward, tracer):
         try:
@@ -88,17 +88,6 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
                          "nothing to explain: call it as it runs, with input_ids for example")
     report.model, report.rank, report.module = type(model).__name__, rank(), weakref.ref(model)
     return unfold(report, how) if isinstance(how, Folded) else report
-
-
-def _settings(model: nn.Module, converted: nn.Module | None, config: FarskipConfig | Mapping | None) -> FarskipConfig:
-    given = config.to_dict() if isinstance(config, FarskipConfig) else dict(config or {})
-    if converted is not None:
-        known = converted.forward.config
-        backend.agree(given, known.saved(), "the configuration given to farskip_fx.apply")
-        return FarskipConfig.from_dict(merge(known.to_dict(), given))
-    saved = getattr(getattr(model, "config", None), "farskip", None)
-    backend.agree(given, saved, "the checkpoint (config.farskip)")
-    return FarskipConfig.from_dict(merge(saved, given))
 
 
 def _owner(model: nn.Module) -> nn.Module:
@@ -170,7 +159,7 @@ class _Tracer:
         if lenient.names:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FarskipWarning)
-                backend._rewire(gm, lenient, report, where)
+                backend.rewire_graph(gm, lenient, report, where)
         broken = where.break_of(gm)
         if broken:
             report.rewired, report.unchanged = None, Reason("graph_break", f"{broken}{report.unchanged or ''}".strip())
@@ -209,7 +198,7 @@ class _Tracer:
 
 
 def _mark(gm: GraphModule) -> tuple[Found, ...]:
-    """The blocks, marked in the graph; none where they are not understood (``_rewire`` says why)."""
+    """The blocks, marked in the graph; none where they are not understood (``rewire_graph`` says why)."""
     normalize(gm.graph)
     streams = find_streams(gm.graph, busy=is_busy)
     blocks = streams if isinstance(streams, NoStream) else detect(streams)

@@ -43,7 +43,7 @@ from ..passes.costs import Rates
 from ..passes.fence import ScheduleBroken
 from ..passes.normalize import normalize
 from ..passes.rewire import hidden_from
-from ..verify import _difference, _tensors, _tolerance, blocks_of
+from ..verify import blocks_of, difference_of, tensors_in, tolerance_of
 
 SEED = 0
 _OF_GRADIENTS = 1e-4    # the least tolerance: their sums are longer than those of outputs
@@ -227,7 +227,7 @@ class Runs:
     def tolerance(self, expected: _Result) -> float:
         if self._given_tolerance is not None:
             return self._given_tolerance
-        return max(_tolerance(expected.outputs), _OF_GRADIENTS if self.gradients else 0.0)
+        return max(tolerance_of(expected.outputs), _OF_GRADIENTS if self.gradients else 0.0)
 
     # --- several pipelines, timed ---
     def times(self, pipelines: Sequence[tuple[Sequence[str] | None, Stage, str]], *, rounds: int, warmup: int = 2
@@ -274,7 +274,7 @@ class Runs:
         args, kwargs = copy.deepcopy(self.call)
         with _seeded(), torch.set_grad_enabled(self.gradients), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)        # Dynamo's remarks on the model's code, each time again
-            outputs = _tensors(forward(*args, **kwargs))
+            outputs = tensors_in(forward(*args, **kwargs))
             if not self.gradients:
                 return _Result(outputs=outputs)
             results = [t for t in outputs if t.requires_grad]
@@ -353,7 +353,7 @@ class _Result:
         """Relative to the largest value of each tensor. A gradient that is nothing beside the others is rounding."""
         sizes = [0.0 if g is None else g.abs().max().item() if g.numel() else 0.0 for g in expected.gradients]
         least = max(_NOTHING * max(sizes, default=0.0), 1e-30)
-        found = [_difference(self.outputs, expected.outputs)]
+        found = [difference_of(self.outputs, expected.outputs)]
         for got, want, size in zip(self.gradients, expected.gradients, sizes, strict=True):
             if got is None and want is None:
                 continue
