@@ -5,12 +5,12 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
 from ..diagnose.bisect import bisect
 from ..diagnose.planned import planned, ranks_for
+from ..report import rank
 from .common import add_model, add_place, screen
 
 
@@ -18,16 +18,16 @@ def search(source: Path, console: Console, *, ep: int, tokens: int, batch: int, 
         output: Path) -> int:
     """Exit status: 0 where nothing is wrong, else 1."""
     with ranks_for(ep, real=True):
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        own = rank()
         if torch.cuda.is_available():
-            torch.set_default_device(torch.device("cuda", rank % torch.cuda.device_count()))
+            torch.set_default_device(torch.device("cuda", own % torch.cuda.device_count()))
 
         def say(line: object) -> None:
-            if rank == 0:
+            if own == 0:
                 console.print(Text(str(line)))
 
         # Where a rank has ids of its own, they are the same in each run of this command.
-        torch.manual_seed(rank)
+        torch.manual_seed(own)
         model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep, weights=True)
         if source.suffix != ".py" and not slower:
             model.float()       # what a coarser dtype rounds would hide the fault

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
 from ..convert import apply
 from ..diagnose.planned import planned, ranks_for
 from ..diagnose.profiling import Profile, profile
+from ..report import rank
 from ..view.terminal import megabytes, milliseconds, table
 from ..view.text import plain
 from .calibrate import rates_of
@@ -26,10 +26,10 @@ def measure(source: Path, console: Console, *, ep: int, tokens: int, batch: int,
         scoped.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         scoped.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         if torch.cuda.is_available():
-            torch.set_default_device(torch.device("cuda", int(dist.get_rank() if dist.is_initialized() else 0)))
+            torch.set_default_device(torch.device("cuda", rank()))
         model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep, weights=True)
         apply(model, **options)
-        first = not dist.is_initialized() or dist.get_rank() == 0
+        first = rank() == 0
         if first:
             console.print("compiling ...", highlight=False)
 

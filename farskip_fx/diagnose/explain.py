@@ -25,20 +25,20 @@ from ..capture import prepare
 from ..config import FarskipConfig
 from ..convert import converted_of, decoder_of, install_capture_hooks, settings_of
 from ..data_parallel import average_gradients
-from ..errors import FarskipWarning, NoMoEError
+from ..errors import FarskipWarning, NoMoEError, RefusedError
 from ..passes._torch import COMPILED_APART, ignored_in_graphs, lowered
 from ..passes.checkpointing import inline_checkpoints
 from ..passes.costs import Rates
 from ..passes.describe import Found, describe
-from ..passes.detect import Blocks, detect, is_busy
 from ..passes.early_means import launch_means_early
 from ..passes.normalize import normalize
 from ..passes.places import mark
 from ..passes.prefetch import prefetch
 from ..passes.reasons import Reason
-from ..passes.residual import NoStream, find_streams
 from ..passes.schedule import schedule
 from ..report import Folded, Phase, Report, rank
+from ..verify import blocks_of
+from .decoder import Reached, replaced
 from .fold import folded, unfold
 
 PHASES = ("forward", "backward")
@@ -80,7 +80,7 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
         try:
             with torch.set_grad_enabled(tracer.gradients):
                 model(*args, **inputs)
-        except _Done:
+        except Reached:
             pass
     report = tracer.report
     if report is None:
@@ -96,10 +96,6 @@ def _owner(model: nn.Module) -> nn.Module:
         return decoder_of(model)
     except NoMoEError:
         return model
-
-
-class _Done(BaseException):
-    """Unwinds the model's forward once its decoder is traced. Not an Exception: models catch those."""
 
 
 class _Traced(Exception):
@@ -129,16 +125,10 @@ def _traced(owner: nn.Module, forward: Callable, tracer: _Tracer) -> Iterator[No
                 except Unsupported as error:
                     tracer.broken(str(error))
                 if tracer.report is not None:
-                    raise _Done
+                    raise Reached
 
-    own = owner.__dict__.get("forward")
-    owner.forward = run
-    try:
+    with replaced(owner, run):
         yield
-    finally:
-        del owner.forward
-        if own is not None:
-            owner.forward = own
 
 
 class _Tracer:
@@ -200,10 +190,10 @@ class _Tracer:
 def _mark(gm: GraphModule) -> tuple[Found, ...]:
     """The blocks, marked in the graph; none where they are not understood (``rewire_graph`` says why)."""
     normalize(gm.graph)
-    streams = find_streams(gm.graph, busy=is_busy)
-    blocks = streams if isinstance(streams, NoStream) else detect(streams)
     gm.recompile()
-    if not isinstance(blocks, Blocks):
+    try:
+        blocks = blocks_of(gm, "explain")
+    except RefusedError:
         return ()
     mark(blocks)
     return describe(blocks)

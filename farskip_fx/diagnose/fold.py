@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from ..passes.describe import Found
 from ..passes.rewire import Change, LayerReport, Rewired
 from ..passes.timeline import Timeline
 from ..report import Folded, Report
+from .decoder import layers_of, shortened
 
 _PERIODS = 4        # that are traced: what the first does not repeat, two alike, and the last
 _INDEX = {"layer_idx", "layer_index", "layer_id", "layer_number"}
@@ -32,17 +33,9 @@ _INDEX = {"layer_idx", "layer_index", "layer_id", "layer_number"}
 @contextmanager
 def folded(decoder: nn.Module) -> Iterator[Folded | None]:
     """``decoder`` owns a list of layers; None where there is nothing to fold."""
-    name, layers = max(((n, m) for n, m in decoder.named_children() if isinstance(m, nn.ModuleList)),
-                       key=lambda entry: len(entry[1]), default=("", ()))
-    how = fold_of([signature(layer) for layer in layers])
-    if how is None:
-        yield None
-        return
-    setattr(decoder, name, nn.ModuleList(list(layers)[:how.traced]))
-    try:
+    how = fold_of([signature(layer) for layer in layers_of(decoder)[1]])
+    with nullcontext() if how is None else shortened(decoder, how.traced):
         yield how
-    finally:
-        setattr(decoder, name, layers)
 
 
 def fold_of(signatures: Sequence) -> Folded | None:

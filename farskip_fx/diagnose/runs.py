@@ -44,6 +44,7 @@ from ..passes.fence import ScheduleBroken
 from ..passes.normalize import normalize
 from ..passes.rewire import hidden_from
 from ..verify import blocks_of, difference_of, tensors_in, tolerance_of
+from .decoder import Reached, layers_of, replaced, shortened
 
 SEED = 0
 _OF_GRADIENTS = 1e-4    # the least tolerance: their sums are longer than those of outputs
@@ -117,10 +118,6 @@ class Timing:
         return f"{self.stage}, {self.converted}: {self.step_s * 1e3:.1f} ms a step"
 
 
-class _Done(BaseException):
-    """Unwinds the model's forward once the call of its decoder is known. Not an Exception: models catch those."""
-
-
 class Runs:
     """Runs of one call of one model.
 
@@ -163,7 +160,7 @@ class Runs:
     @property
     def decoder_layers(self) -> int:
         """In the list of layers of the model; 0 where there is no list that can be shortened."""
-        return len(_layers_of(self.owner)[1])
+        return len(layers_of(self.owner)[1])
 
     def _called(self, model: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
         """What the decoder is called with when the model is. Nothing runs but what comes before it."""
@@ -171,12 +168,12 @@ class Runs:
 
         def keep(*args, **kwargs):
             calls.append(copy.deepcopy((args, kwargs)))
-            raise _Done
+            raise Reached
 
-        with torch.no_grad(), _replaced(self.owner, keep):
+        with torch.no_grad(), replaced(self.owner, keep):
             try:
                 model(*args, **inputs)
-            except _Done:
+            except Reached:
                 pass
         if not calls:
             raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(self.owner).__name__}): "
@@ -334,14 +331,10 @@ class Runs:
         if layers is None:
             yield
             return
-        name, whole = _layers_of(self.owner)
-        if not name:
+        if not self.decoder_layers:
             raise ConfigError(f"{type(self.owner).__name__} has no list of decoder layers that could be shortened")
-        setattr(self.owner, name, nn.ModuleList(list(whole)[:layers]))
-        try:
+        with shortened(self.owner, layers):
             yield
-        finally:
-            setattr(self.owner, name, whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,23 +422,6 @@ def largest(number: float) -> float:
     all_of_them = torch.tensor(number, dtype=torch.float64, device=device)
     dist.all_reduce(all_of_them, dist.ReduceOp.MAX)
     return all_of_them.item()
-
-
-def _layers_of(owner: nn.Module) -> tuple[str, Sequence[nn.Module]]:
-    return max(((n, m) for n, m in owner.named_children() if isinstance(m, nn.ModuleList)), key=lambda entry: len(entry[1]),
-               default=("", ()))
-
-
-@contextmanager
-def _replaced(owner: nn.Module, forward: Callable) -> Iterator[None]:
-    own = owner.__dict__.get("forward")
-    owner.forward = forward
-    try:
-        yield
-    finally:
-        del owner.forward
-        if own is not None:
-            owner.forward = own
 
 
 @contextmanager
