@@ -5,8 +5,8 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -58,12 +58,8 @@ class Converted:
                 "undo the conversion with farskip_fx.remove(model) to export the original")
         if torch.compiler.is_compiling():       # inside another torch.compile: its backend answers for the marker
             return self._compiled(*args, **kwargs)
-        install_capture_hooks(args[0] if args and isinstance(args[0], nn.Module) else
-                              getattr(self.__wrapped__, "__self__", None), kwargs)
-        # A warning on the way is no reason to split the model over two graphs. PyTorch's create_block_mask has one, and
-        # transformers, by a method that it gives to loggers, where a cache is asked for under gradient checkpointing.
-        once = getattr(logging.Logger, "warning_once", warnings.warn)
-        with self._scope(), ignored_in_graphs(warnings.warn, once):
+        module = args[0] if args and isinstance(args[0], nn.Module) else getattr(self.__wrapped__, "__self__", None)
+        with in_one_graph(self._scope, module, kwargs):
             return self._compiled(*args, **kwargs)
 
     def __get__(self, instance, owner=None):
@@ -156,6 +152,17 @@ def farskip(config: FarskipConfig | dict | None = None, **options) -> Callable:
         raise ConfigError("use @farskip_fx.farskip() with parentheses")
     chosen = FarskipConfig.from_dict(_options(config, options))
     return lambda forward: Converted(forward, chosen)
+
+
+@contextmanager
+def in_one_graph(scope: Callable[[], AbstractContextManager], module: nn.Module | None, kwargs: dict) -> Iterator[None]:
+    """Call what was compiled of ``module`` in here, with ``kwargs``: ``scope`` is what ``capture.prepare`` returns for it."""
+    install_capture_hooks(module, kwargs)
+    # A warning on the way is no reason to split the model over two graphs. PyTorch's create_block_mask has one, and
+    # transformers, by a method that it gives to loggers, where a cache is asked for under gradient checkpointing.
+    once = getattr(logging.Logger, "warning_once", warnings.warn)
+    with scope(), ignored_in_graphs(warnings.warn, once):
+        yield
 
 
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")

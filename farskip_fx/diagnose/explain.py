@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import time
 import warnings
 import weakref
@@ -23,10 +22,10 @@ from .. import backend, frame
 from ..agreement import collectives_of
 from ..capture import prepare
 from ..config import FarskipConfig
-from ..convert import converted_of, decoder_of, install_capture_hooks, settings_of
+from ..convert import converted_of, decoder_of, in_one_graph, settings_of
 from ..data_parallel import average_gradients
 from ..errors import FarskipWarning, NoMoEError, RefusedError
-from ..passes._torch import COMPILED_APART, ignored_in_graphs, lowered
+from ..passes._torch import COMPILED_APART, lowered
 from ..passes.checkpointing import inline_checkpoints
 from ..passes.costs import Rates
 from ..passes.describe import Found, describe
@@ -111,9 +110,7 @@ def _traced(owner: nn.Module, forward: Callable, tracer: _Tracer) -> Iterator[No
     scope = prepare(owner)
 
     def run(*args, **kwargs):
-        install_capture_hooks(owner, kwargs)
-        once = getattr(logging.Logger, "warning_once", warnings.warn)
-        with scope(), ignored_in_graphs(warnings.warn, once), warnings.catch_warnings():
+        with in_one_graph(scope, owner, kwargs), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)        # Dynamo's remarks on the model's code
             for whole in (False, True):     # where Dynamo gave up on the frame, the second time says why
                 compiled = torch.compile(traced, backend=tracer, fullgraph=whole, **COMPILED_APART)

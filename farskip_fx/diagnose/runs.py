@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import statistics
 import time
 import warnings
@@ -33,11 +32,11 @@ from torch.fx import GraphModule
 from ..backend import plan_of
 from ..capture import prepare
 from ..config import FarskipConfig
-from ..convert import Converted, converted_of, decoder_of, install_capture_hooks
+from ..convert import Converted, converted_of, decoder_of, in_one_graph
 from ..errors import ConfigError, FarskipError, NoMoEError
 from ..interpret import Direct
 from ..overlap import overlap_patches
-from ..passes._torch import COMPILED_APART, ignored_in_graphs
+from ..passes._torch import COMPILED_APART
 from ..passes.checkpointing import inline_checkpoints
 from ..passes.costs import Rates
 from ..passes.fence import ScheduleBroken
@@ -365,10 +364,8 @@ class _Interpreter:
                                        **COMPILED_APART)
 
     def __call__(self, *args, **kwargs):
-        install_capture_hooks(self._owner, kwargs)
-        once = getattr(logging.Logger, "warning_once", warnings.warn)
         try:
-            with self._scope(), ignored_in_graphs(warnings.warn, once):
+            with in_one_graph(self._scope, self._owner, kwargs):
                 return self._compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise error.inner_exception from error
