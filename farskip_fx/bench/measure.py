@@ -10,7 +10,7 @@ Steps
     1 build   the unsharded model; from it the reference results and the pieces of the bound; then the sharded model
     2 rewire  without compiling: the rewiring report, the model's exchanges
     3 rates   compile stock, time it on the fast link, find the link rate for every comm/compute ratio
-    4 compile the other variants, each checked against the reference
+    4 compile the other variants, each checked against the reference; of a peer that can run in several ways the fastest is kept
     5 time    all variants and the exchanges alone, round robin; then farskip under torch.profiler
     6 figures
 """
@@ -31,7 +31,7 @@ from .parent import Parent
 from .pieces import Pieces, rows_per_expert, time_pieces
 from .spec import EP, Spec
 from .timing import Condition, Step, interleave
-from .variants import compile_for_report, compile_variant, connectivity_of, is_ours, settings_of
+from .variants import compile_for_report, connectivity_of, is_ours, settings_of, ways_of
 
 COMM = "comm_only"
 FAST = "fast"
@@ -46,7 +46,7 @@ class Measurement:
         self.ids = tokens(self.shape, spec.seed, self.rank)
         self.ours = [name for name in spec.variants if is_ours(name)]
         self.steps: dict[str, Step] = {}
-        self.facts: dict[str, dict[str, float]] = {}        # by label: compile_s, max_diff, ...
+        self.facts: dict[str, dict[str, Any]] = {}          # by label: compile_s, max_diff, how, ...
         self.schedules: dict[str, list[dict]] = {}
         self.reports: dict[str, Any] = {}
         self.exposures: dict[str, dict] = {}
@@ -72,6 +72,7 @@ class Measurement:
         first = self.rank - self.rank % EP                  # of the ranks that share the experts
         local = self.shape.experts // EP
         self.mine = range(self.rank % EP * local, (self.rank % EP + 1) * local)
+        self.rows_of_ranks = sum(rows).view(-1, EP, local).sum((0, 2)).tolist()     # over all MoE layers
         sharing = self.parent.sharing
         self.pieces: Pieces = time_pieces(whole, self.ids, sum(rows[first:first + EP]).tolist(), self.mine, sharing)
         self.compute_rates: dict[str, float] = from_rank_0(compute_rates(self.shape))
@@ -178,13 +179,16 @@ class Measurement:
         if self.rank == 0:
             self.parent.tell("compiling", mode=self.mode, label=label, expected_s=self.expected_s())
         dist.barrier()
-        start = time.perf_counter()
-        step = self.step_of(compile_variant(name, self.model, self.spec, rates, self.parallel))
-        with settings_of(name):
-            step()
+        start, found = time.perf_counter(), []
+        for how, run in ways_of(name, self.model, self.spec, rates, self.parallel).items():
+            step = self.step_of(run)
+            with settings_of(name):
+                step()
+            found.append((how, step, self.differences(step, connectivity_of(name, self.spec))))
         took = slowest([time.perf_counter() - start])[0]
-        facts = {"compile_s": took, **self.differences(step, connectivity_of(name, self.spec))}
-        step()                                              # warm
+        speeds = [min(sum(step()) for _ in range(2 if len(found) > 1 else 1)) for _, step, _ in found]      # and warm
+        how, step, differences = found[speeds.index(min(speeds))]
+        facts = {"compile_s": took, "how": how, **differences}
         step.reset()
         self.steps[label], self.facts[label] = step, facts
         if name == "farskip":
@@ -257,7 +261,8 @@ class Measurement:
         first = next(iter(times.values()))
         return {**main, "curve": curve, "rounds": len(first.samples),
                 "pieces": {"routers_ms": ms(self.pieces.routers), "routed_experts_ms": ms(self.pieces.routed),
-                           "head_ms": ms(self.pieces.head)},
+                           "head_ms": ms(self.pieces.head), "last_shared_ms": ms(self.pieces.last_shared)},
+                "rows_of_ranks": self.rows_of_ranks,
                 "exchanges": [{"kind": exchange.kind, "bytes_leaving": exchange.leaving} for exchange in self.flat()],
                 "traffic": self.traffic(), "compute_rates": self.compute_rates, "shape": self.shape.__dict__,
                 "dp": self.spec.dp, "ep": EP, "ranks_on_a_core": self.parent.sharing}
@@ -289,8 +294,9 @@ class Measurement:
         phases = self.phases(graph, comm)
         ends = self.ends(comm)
         by_name = {variant["name"]: variant for variant in variants}
+        exact = [one for one in variants if connectivity_of(one["name"], self.spec) == "none"]
         result = {
-            "ratio": ratio, "variants": variants,
+            "ratio": ratio, "variants": variants, "best_exact": min(exact, key=lambda one: one["slow_ms"])["name"],
             "compute_only_ms": ms(graph.median), "compute_only_of": best,
             "comm_only_ms": ms(comm.median), "comm_only_min_ms": ms(comm.best),
             "comm_only_fast_ms": ms(times[FAST, COMM].median),
@@ -317,7 +323,8 @@ class Measurement:
     def phases(self, graph: Spread, comm: Spread) -> list[Phase]:
         """The measured pieces as figures.py takes them: forward; backward and update where there are any."""
         forward, backward, means = self.alone(comm)
-        found = [Phase(graph.phase(0), forward, self.pieces.routed + self.pieces.routers, forward[-1], self.pieces.head)]
+        alone = max(0.0, forward[-1] - self.pieces.last_shared)     # the last combine, but for what a shared expert covers
+        found = [Phase(graph.phase(0), forward, self.pieces.routed + self.pieces.routers, alone, self.pieces.head)]
         if self.train:
             beside = self.pieces.routed if self.spec.dp == 1 else 0.0       # experts' weight gradients need no mean
             found.append(Phase(graph.phase(1), backward, self.pieces.routed, max(0.0, min(means, default=0.0) - beside),

@@ -12,25 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .families import config_of, is_moe, shared_of, skew
 from .spec import Shape
 
-EARLY_ATTENTION = ("farskip", "ladder", "attn_only")     # attention reads R without the layer before's MoE
+EARLY_ATTENTION = ("farskip", "ladder", "attn_only")     # attention reads R without the layer before's routed experts
 EARLY_MLP = ("farskip", "ladder", "mlp_only")            # the MoE reads R before this layer's attention
 MAX_NORM = 0.1                                           # low, so that clipping does something
 
 
 def build(shape: Shape, seed: int) -> nn.Module:
-    """HF Qwen3-MoE from a config. The same seed gives the same weights in every process."""
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    """A Hugging Face model from a config. The same seed gives the same weights in every process."""
+    from transformers import AutoModelForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        intermediate_size=shape.moe_intermediate, moe_intermediate_size=shape.moe_intermediate,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        num_experts=shape.experts, num_experts_per_tok=shape.top_k, max_position_embeddings=max(2048, shape.tokens))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.float32).eval()
+    if shape.routing == "skewed":
+        skew(model)
+    return model
 
 
 def tokens(shape: Shape, seed: int, rank: int) -> Tensor:
@@ -48,9 +47,10 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def reference_logits(model: nn.Module, ids: Tensor, connectivity: str) -> Tensor:
-    """What ``model`` computes under ``connectivity``; every MLP must be an MoE without a shared expert, as in Qwen3.
+    """What ``model`` computes under ``connectivity``.
 
-    full is the residual stream; early is the stream without the routed output of the layer before.
+    full is the residual stream; early is the stream without the routed output of the layer before (``ladder``: without its
+    whole MLP or MoE).
     """
     from transformers.masking_utils import create_causal_mask
 
@@ -66,8 +66,13 @@ def reference_logits(model: nn.Module, ids: Tensor, connectivity: str) -> Tensor
                                    attention_mask=mask)[0]
         between = full + attended
         mlp_input = full if connectivity in EARLY_MLP else between
-        routed = layer.mlp(layer.post_attention_layernorm(mlp_input))
-        early, full = between, between + routed
+        x = layer.post_attention_layernorm(mlp_input)
+        full = between + layer.mlp(x)
+        shared = shared_of(layer.mlp, x)
+        if connectivity == "ladder" or is_moe(layer) and shared is None:
+            early = between
+        else:
+            early = between + shared if is_moe(layer) else full
     return model.lm_head(core.norm(full))
 
 
@@ -110,10 +115,10 @@ def _mean_and_clip(model: nn.Module) -> float:
 def watched(model: nn.Module, mode: str) -> list[str]:
     """Parameters whose gradients are compared: the first attention, the last router, the embedding, with the means also
     experts. Without means a shard's gradient is of all ranks' tokens, and no reference has that."""
-    last = len(model.model.layers) - 1
-    replicated = ["model.layers.0.self_attn.q_proj.weight", f"model.layers.{last}.mlp.gate.weight",
+    with_experts = [number for number, layer in enumerate(model.model.layers) if is_moe(layer)]
+    replicated = ["model.layers.0.self_attn.q_proj.weight", f"model.layers.{with_experts[-1]}.mlp.gate.weight",
                   "model.embed_tokens.weight"]
-    return replicated + ["model.layers.0.mlp.experts.down_proj"] * (mode == "step")
+    return replicated + [f"model.layers.{with_experts[0]}.mlp.experts.down_proj"] * (mode == "step")
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float:

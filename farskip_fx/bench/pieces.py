@@ -1,8 +1,8 @@
-"""The parts of a layer that the bound needs, each timed by itself: routers, this rank's routed experts, the head."""
+"""The parts of a model that the bound needs, each timed by itself: routers, this rank's routed experts, what a last layer has
+to do beside its last exchange (its shared experts), the head."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..calibrate import best
 from .exchanges import slowest
+from .families import moe_layers, shared_of
 
 CPU = torch.device("cpu")
 REPEAT_S = 0.1
@@ -20,6 +21,7 @@ class Pieces:
     routers: float                          # all layers together, seconds
     routed: float
     head: float
+    last_shared: float = 0.0                # shared experts of the last layer, if that one is an MoE
 
 
 def rows_per_expert(model: nn.Module, ids: Tensor) -> list[list[int]]:
@@ -29,7 +31,7 @@ def rows_per_expert(model: nn.Module, ids: Tensor) -> list[list[int]]:
     def note(module: nn.Module, args: tuple, output: tuple) -> None:
         counts.append(torch.bincount(output[-1].reshape(-1), minlength=module.num_experts).tolist())
 
-    hooks = [gate.register_forward_hook(note) for gate, _ in _moe(model)]
+    hooks = [layer.mlp.gate.register_forward_hook(note) for layer in moe_layers(model)]
     try:
         with torch.no_grad():
             model(ids, use_cache=False)
@@ -50,16 +52,17 @@ def time_pieces(model: nn.Module, ids: Tensor, rows: list[list[int]], mine: rang
     core = model.model
     routers, routed = [], []
     with torch.no_grad():
-        for (gate, experts), count in zip(_moe(model), rows):
+        for layer, count in zip(moe_layers(model), rows):
+            gate, experts = layer.mlp.gate, layer.mlp.experts
             routers.append(best(lambda: gate(x), CPU, REPEAT_S))
             inputs = [torch.randn(count[expert], x.shape[1]) for expert in mine]
             routed.append(best(lambda: _run_experts(experts, mine, inputs), CPU, REPEAT_S))
         head = best(lambda: model.lm_head(core.norm(x[None])), CPU, REPEAT_S)
-    return Pieces(sharing * sum(slowest(routers)), sharing * sum(slowest(routed)), sharing * slowest([head])[0])
-
-
-def _moe(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    return ((layer.mlp.gate, layer.mlp.experts) for layer in model.model.layers if hasattr(layer.mlp, "gate"))
+        last, shared = core.layers[-1].mlp, 0.0
+        if shared_of(last, x[:1]) is not None:
+            shared = best(lambda: shared_of(last, x), CPU, REPEAT_S)
+    head, shared = slowest([head, shared])
+    return Pieces(sharing * sum(slowest(routers)), sharing * sum(slowest(routed)), sharing * head, sharing * shared)
 
 
 def _run_experts(experts: nn.Module, mine: range, inputs: list[Tensor]) -> None:

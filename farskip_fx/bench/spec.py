@@ -10,6 +10,10 @@ from ..connectivity import BUILT_IN
 MODES = ("forward", "train", "step")
 BOTH = MODES[:2]                            # without data parallelism
 VARIANTS = ("stock", "inductor_overlap", "rewired_stock", "farskip")
+PEERS = ("transformers_ep", "two_batches", "overlapped_eager")       # bench/peers/, a file each
+ORDER = ("stock", "inductor_overlap", *PEERS, "rewired_stock", "farskip")
+FAMILIES = ("qwen3_moe", "deepseek", "llama4")                       # bench/families.py
+ROUTINGS = ("balanced", "skewed")
 REWIRED = tuple(name for name in BUILT_IN if name != "none")
 EP = 2                                      # ranks that share the experts
 
@@ -20,7 +24,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """The Qwen3-MoE that is measured. ``tokens`` are per rank, in one sequence."""
+    """The model that is measured. ``tokens`` are per rank, in one sequence."""
 
     layers: int = 4
     hidden: int = 512
@@ -32,6 +36,8 @@ class Shape:
     kv_heads: int = 4
     head_dim: int = 64
     vocab: int = 512
+    family: str = "qwen3_moe"
+    routing: str = "balanced"
 
     def check(self) -> None:
         """Raise SpecError for a model that two ranks cannot share."""
@@ -42,6 +48,14 @@ class Shape:
             raise SpecError(f"--experts {self.experts} cannot be split over {EP} ranks; take a multiple of {EP}")
         if self.top_k > self.experts:
             raise SpecError(f"--top-k {self.top_k} is more than --experts {self.experts}")
+        for what, given, known in (("family", self.family, FAMILIES), ("routing", self.routing, ROUTINGS)):
+            if given not in known:
+                raise SpecError(f"--{what} {given} is unknown; known: {', '.join(known)}")
+        if self.family == "llama4" and (self.top_k != 1 or self.layers % 2):
+            raise SpecError(f"--family llama4 is top-1 with an MoE in every second layer: take --top-k 1 (not {self.top_k}) "
+                            f"and an even number of --layers (not {self.layers})")
+        if self.family == "deepseek" and self.layers < 2:
+            raise SpecError("--family deepseek has a dense first layer: take at least 2 --layers")
 
 
 @dataclass(frozen=True)
@@ -76,12 +90,16 @@ class Spec:
     def check(self) -> None:
         for mode in self.modes:
             self.shape(mode).check()
-        for what, given, known in (("mode", self.modes, MODES), ("variant", self.variants, VARIANTS)):
+        for what, given, known in (("mode", self.modes, MODES), ("variant", self.variants, ORDER)):
             unknown = [name for name in given if name not in known]
             if unknown or not given:
                 raise SpecError(f"unknown {what} {', '.join(unknown) or '(none given)'}; known: {', '.join(known)}")
         if self.connectivity not in REWIRED:
             raise SpecError(f"--connectivity {self.connectivity} is not measured; known: {', '.join(REWIRED)}")
+        if (peers := sorted(set(self.variants) & set(PEERS))) and "step" in self.modes:
+            raise SpecError(f"--peers ({', '.join(peers)}) do not average gradients: take --mode forward, train or both")
+        if "overlapped_eager" in peers and self.connectivity != "farskip":
+            raise SpecError(f"overlapped_eager is written for --connectivity farskip, not {self.connectivity}")
         if self.dp < 1:
             raise SpecError(f"--dp must be at least 1, not {self.dp}")
         if self.dp > 1 and self.modes != ("step",):

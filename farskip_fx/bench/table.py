@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .exchanges import SMALL_BYTES
+from .spec import PEERS
 from .variants import WHAT
 
 WHAT_OF_MODE = {"forward": "forward", "train": "forward + backward",
@@ -92,7 +93,8 @@ def times_table(mode: str, result: dict, rounds: int) -> RenderableType:
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for one in result["variants"]:
         worst = worst_of(one)
-        table.add_row(one["name"], f"{one['fast_ms']:.0f} ({one['fast_min_ms']:.0f})",
+        how = "" if one.get("how", "compiled") == "compiled" else f" ({one['how']})"
+        table.add_row(one["name"] + how, f"{one['fast_ms']:.0f} ({one['fast_min_ms']:.0f})",
                       f"{one['slow_ms']:.0f} ({one['slow_min_ms']:.0f})", f"{one['speedup_fast']:.2f}x",
                       f"[bold]{one['speedup_slow']:.2f}x[/]",
                       f"{worst:.1e}" if worst <= TOLERANCE else f"[bold red]{worst:.1e}[/]")
@@ -110,6 +112,12 @@ def _figures(mode: str, result: dict) -> str:
         f"alone {result['comm_only_ms']:.0f} ms (minimum {result['comm_only_min_ms']:.0f}); "
         f"limit max(compute, comm) {result['limit_ms']:.0f} ms, bound of the connectivity {result['bound_ms']:.0f} ms",
     ]
+    by_name = {one["name"]: one for one in result["variants"]}
+    if "farskip" in by_name and set(by_name) & set(PEERS):
+        for name, what in ((result["best_exact"], "the best with the model's own connectivity"),
+                           ("overlapped_eager", "farskip by hand")):
+            if name in by_name:
+                lines.append(f"farskip over {name} ({what}), slow link: {by_name[name]['slow_ms'] / by_name['farskip']['slow_ms']:.2f}x")
     if result["hidden"] is not None:
         ends = "the first or last exchange" + " or the last mean" * (mode == "step")
         inner = "" if result["hidden_inner"] is None else f"; {result['hidden_inner']:.0%} of what is not {ends}"
@@ -142,6 +150,9 @@ def conditions(result: dict) -> str:
     if means:
         lines[0] += (f" and {sum(means) / 1e6:.1f} MB in {len(means)} means of gradients (largest {max(means) / 1e6:.1f}, "
                      f"the last {result['traffic']['last_mean_bytes'] / 1e6:.1f})")
+    rows = result["rows_of_ranks"]
+    lines.append(f"experts of rank 0 to {len(rows) - 1} get " + ", ".join(f"{count / sum(rows):.0%}" for count in rows) +
+                 f" of the rows ({result['shape']['family']}, routing {result['shape']['routing']})")
     if result["ranks_on_a_core"] > 1:
         lines.append(f"dp {result['dp']} x ep {result['ep']}, {result['ranks_on_a_core']} ranks on a core: they slow each "
                      "other down, and one may compute while another waits. Only ratios mean something, no time does.")
@@ -154,7 +165,7 @@ def curve_table(mode: str, curve: list[dict]) -> RenderableType:
     for heading in ["ratio", *names, "bound", "limit", "hidden", "speed-up"]:
         table.add_column(heading, justify="right")
     for point in curve:
-        last = point["variants"][-1]
+        last = point["variants"][-1]        # ours, where it is measured
         hidden = "-" if point["hidden"] is None else f"{point['hidden']:.0%}"
         table.add_row(f"{point['ratio']:g}", *(f"{one['slow_ms']:.0f}" for one in point["variants"]),
                       f"{point['bound_ms']:.0f}", f"{point['limit_ms']:.0f}", hidden, f"{last['speedup_slow']:.2f}x")

@@ -1,4 +1,4 @@
-"""The variants: each a way to compile the same sharded model. Their order is the order of the tables.
+"""The variants: each a way to run the same sharded model. Their order (``spec.ORDER``) is the order of the tables.
 
 In mode step all of them average gradients in the graph, in the same buckets: without that stock would reduce after the
 whole backward, and lose by more.
@@ -11,9 +11,9 @@ from typing import Any, Callable
 import torch
 from torch import nn
 
-from . import product
+from . import peers, product
 from .exchanges import Recorder
-from .spec import Spec
+from .spec import PEERS, Spec
 
 # As recommended beside this option in torch/_inductor/config.py.
 INDUCTOR_OVERLAP = {
@@ -29,15 +29,24 @@ WHAT = {
     "inductor_overlap": "standard connectivity, Inductor's overlap passes",
     "rewired_stock": "rewired, stock Inductor",
     "farskip": "rewired, scheduled and fenced",
+    **peers.WHAT,
 }
 
 
 def connectivity_of(name: str, spec: Spec) -> str:
-    return spec.connectivity if is_ours(name) else "none"
+    return spec.connectivity if is_ours(name) else peers.CONNECTIVITY.get(name, "none")
 
 
 def is_ours(name: str) -> bool:
     return name in ("rewired_stock", "farskip")
+
+
+def ways_of(name: str, model: nn.Module, spec: Spec, rates: dict[str, float] | None,
+            parallel: Any = None) -> dict[str, Callable[..., Any]]:
+    """Callables by what they are called; the fastest counts. A variant that is not a peer is one."""
+    if name in PEERS:
+        return peers.ways(name, model, spec)
+    return {"compiled": compile_variant(name, model, spec, rates, parallel)}
 
 
 def compile_variant(name: str, model: nn.Module, spec: Spec, rates: dict[str, float] | None,

@@ -4,20 +4,27 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from .parent import Parent, settle
 from .spec import Spec
 
 
 def main() -> None:
+    run_rank(Spec.read, measure_all)
+
+
+def run_rank(read: Callable[[Path], Any], measure: Callable[[Any, Parent], None]) -> None:
+    """Settle, do ``measure(read(path of the spec), parent)``, end; a failure is told to the parent."""
     settle()
     parent = Parent()
-    spec = Spec.read(Path(sys.argv[1]))
+    spec = read(Path(sys.argv[1]))
     try:
-        measure_all(spec, parent)
+        measure(spec, parent)
     except Exception:
         parent.tell("failed", traceback=traceback.format_exc())
         os._exit(1)                         # an orderly exit would wait for a peer that may never answer
@@ -25,15 +32,22 @@ def main() -> None:
     os._exit(0)                             # gloo's threads have nothing more to do; do not wait for them
 
 
-def measure_all(spec: Spec, parent: Parent) -> None:
+def join(parent: Parent, world: int, timeout_s: float) -> None:
+    """Meet the other ranks."""
     import torch
     import torch.distributed as dist
 
-    from .measure import Measurement
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{os.environ['FARSKIP_BENCH_MEET']}", rank=parent.rank,
-                            world_size=spec.world, timeout=timedelta(seconds=spec.silence_s))
+                            world_size=world, timeout=timedelta(seconds=timeout_s))
+
+
+def measure_all(spec: Spec, parent: Parent) -> None:
+    import torch
+
+    from .measure import Measurement
+
+    join(parent, spec.world, spec.silence_s)
     for mode in spec.modes:
         with scoped_settings():
             result = Measurement(mode, spec, parent).run()

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..bench.link import KINDS
 from ..bench.run import run, wrong
-from ..bench.spec import BOTH, MODES, REWIRED, VARIANTS, Shape, Spec
+from ..bench.spec import BOTH, FAMILIES, MODES, ORDER, PEERS, REWIRED, ROUTINGS, VARIANTS, Shape, Spec
 from .common import screen
 
 TEXT = """\
 Time a Mixture-of-Experts model on two ranks over an emulated slow link.
 
-Two processes, one core each, stand in two network namespaces joined by a shaped link. HF Qwen3-MoE is built from the
-sizes below and its experts are split over both. Every variant is compiled in one process, checked against an eager
+Two processes, one core each, stand in two network namespaces joined by a shaped link. A Hugging Face model is built from
+the sizes below and its experts are split over both. Every variant is compiled in one process, checked against an eager
 reference, and timed in turn with the others, on the fast link (not shaped) and on the slow one. The slow link's rate is
 found by measuring: it is the one at which the model's exchanges alone take --comm-ratio of its compute alone.
 
@@ -30,13 +30,24 @@ variants:
   stock             standard connectivity, stock Inductor (always measured)
   inductor_overlap  standard connectivity, Inductor's own overlap passes
   rewired_stock     rewired, stock Inductor
-  farskip           rewired, scheduled and fenced"""
+  farskip           rewired, scheduled and fenced
+
+peers (--peers, or by name; forward and train): what a user could pick instead, checked and timed like the others
+  transformers_ep   transformers' own expert parallelism, all_to_all; compiled or eager, whichever is faster
+  two_batches       exact overlap by hand: the tokens in two halves, one's exchanges behind the other's compute
+  overlapped_eager  farskip by hand: a loop over layers with asynchronous handles, compiled between
+
+families:
+  qwen3_moe         every layer an MoE, no shared expert
+  deepseek          MLA, shared experts, the first layer dense (DeepSeek-V2-Lite, scaled down)
+  llama4            top-1, a shared expert, every second layer dense (the shape of Llama 4, in Qwen2-MoE's code)"""
 
 END = """\
 examples:
   farskip bench --quick                               a small model, forward only: does it work here?
   farskip bench --mode train --layers 3 --tokens 1024
   farskip bench --comm-ratio 0.25 0.5 1.0 --json build/curve.json
+  farskip bench --peers --family deepseek --routing skewed --comm-ratio 1.0
   farskip bench --mode step --layers 3 --tokens 1024 --comm-ratio 1.0            a whole training step
   farskip bench --mode step --dp 2 --layers 3 --tokens 1024 --comm-ratio 1.0     the same, dp 2 x ep 2: four ranks
 
@@ -64,6 +75,9 @@ def add(verbs: argparse._SubParsersAction) -> None:
     for name, what in SIZES.items():
         flag, usual = f"--{name.replace('_', '-')}", getattr(shape, name)
         model.add_argument(flag, type=int, metavar="N", help=f"{what} ({usual})")
+    model.add_argument("--family", choices=FAMILIES, default=shape.family, help=f"see above ({shape.family})")
+    model.add_argument("--routing", choices=ROUTINGS, default=shape.routing,
+                       help="skewed: some experts get far more tokens, most of them on rank 0 (balanced)")
     model.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and tokens (0)")
     what = bench.add_argument_group("what is measured")
     what.add_argument("--mode", choices=(*MODES, "both"), default="forward",
@@ -71,8 +85,9 @@ def add(verbs: argparse._SubParsersAction) -> None:
     what.add_argument("--dp", type=int, default=1, metavar="N", help="replicas, mode step only: 2 N ranks (1)")
     what.add_argument("--bucket-mb", type=float, default=Spec.bucket_mb, metavar="MB",
                       help=f"mode step: MiB of gradients that travel together ({Spec.bucket_mb:g})")
-    what.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                      help="some of the above (all)")
+    what.add_argument("--variants", nargs="+", choices=ORDER, default=list(VARIANTS), metavar="NAME",
+                      help="some of the above, peers too (all but the peers)")
+    what.add_argument("--peers", action="store_true", help="the peers as well")
     what.add_argument("--connectivity", choices=REWIRED, default="farskip",
                       help="of the rewired variants (farskip); the bound that is reported is always that of farskip")
     what.add_argument("--comm-ratio", nargs="+", type=float, default=[0.5], metavar="R",
@@ -90,18 +105,19 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    usual = {"family": args.family, "routing": args.routing, **({"top_k": 1} if args.family == "llama4" else {})}
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    shape = replace(Shape(), **({**QUICK, **given} if args.quick else given))
+    shape = replace(Shape(), **{**usual, **(QUICK if args.quick else {}), **given})
     rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
     spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
-                variants=in_order(args.variants), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
+                variants=in_order([*args.variants, *(PEERS if args.peers else ())]), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
                 seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb, connectivity=args.connectivity)
     return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
                       verbose=args.verbose))
 
 
 def in_order(variants: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in VARIANTS if name == "stock" or name in variants)
+    return tuple(name for name in ORDER if name == "stock" or name in variants)
 
 
 def report(result: dict) -> int:
