@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from .bench.launch import RankFailed
 from .bench.link import LinkRefused
 from .bench.spec import SpecError
-from .commands import bench, bisect, calibrate, demo, diff, distill, explain, profile, sensitivity, sweep
+from .commands import bench, bisect, calibrate, demo, diff, distill, explain, plan, profile, sensitivity, sweep
 from .errors import FarskipError
 
-VERBS = (demo, explain, diff, profile, bisect, calibrate, bench, distill, sweep, sensitivity)
+VERBS = (demo, explain, plan, diff, profile, bisect, calibrate, bench, distill, sweep, sensitivity)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -65,7 +65,8 @@ def lowered(gm, example_inputs):
         graphs.append(graph)
         return graph.forward
 
-    with functorch.patch(enable_autograd_cache=False):
+    # Without symbols in the graph the backward would be lowered at its first call, which never comes.
+    with functorch.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
         inductor(gm, example_inputs, inner_compile=collect)
     return graphs
 

@@ -89,6 +89,23 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     return unfold(report, how) if isinstance(how, Folded) else report
 
 
+def graphs_of(model: nn.Module, *args, gradients: bool, **inputs) -> tuple[list[GraphModule], Folded | None]:
+    """The decoder of ``model`` as it is, as the graphs that Inductor would get, forward first; their nodes know their place.
+
+    Raises:
+        RefusedError: the graph breaks.
+        NoMoEError: the call did not reach a decoder.
+    """
+    owner, tracer = _owner(model), _Lowerer()
+    with folded(owner) as how, _traced(owner, owner.forward, tracer):
+        try:
+            with torch.set_grad_enabled(gradients):
+                model(*args, **inputs)
+        except Reached:
+            return tracer.report, how
+    raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__}: call it as it runs, with input_ids for example")
+
+
 def _owner(model: nn.Module) -> nn.Module:
     """What ``apply`` would compile, and a model without a list of layers as a whole."""
     try:
@@ -182,6 +199,20 @@ class _Tracer:
         return tuple(Phase(name=name, before=one.before, after=other.after if self.config.overlap else other.before,
                            bound_s=other.bound_s, reason=other.reason, operations=other.operations)
                      for name, one, other in zip(PHASES, old, new))
+
+
+class _Lowerer:
+    """Takes the first graph, and lowers it as it is."""
+    report: list[GraphModule] | None = None
+
+    def __call__(self, gm: GraphModule, example_inputs: list) -> Callable:
+        _mark(gm)
+        self.report = lowered(gm, example_inputs)
+        raise _Traced
+
+    def broken(self, why: str) -> None:
+        raise RefusedError(f"the graph breaks: {why.strip().splitlines()[0] if why.strip() else 'no reason given'}; "
+                           "farskip explain says where")
 
 
 def _mark(gm: GraphModule) -> tuple[Found, ...]:

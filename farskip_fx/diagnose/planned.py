@@ -24,7 +24,7 @@ from ..passes._torch import fake_store
 
 
 def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training: bool = False, ep: int = 1,
-            exchange: str = "all_to_all", weights: bool = False) -> tuple[nn.Module, dict]:
+            exchange: str = "all_to_all", weights: bool = False, attention: str | None = None) -> tuple[nn.Module, dict]:
     """The model of ``source``, split over groups of ``ep`` ranks (see ``ranks_for``), and inputs to call it with.
 
     Args:
@@ -32,6 +32,7 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
         tokens, batch: of the inputs, where the source has none.
         ep: ranks that its experts are split over.
         weights: a configuration's weights are drawn at random, the same on every rank; False: there are none.
+        attention: transformers' name of the kernel; None: what the model chooses.
 
     Raises:
         ConfigError: says what is wrong with ``source``.
@@ -39,7 +40,7 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
     path = Path(source)
     if not path.exists():
         raise ConfigError(f"{source} is not there; give a config.json, the folder with it, or a Python file with build()")
-    model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path, weights), None)
+    model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path, weights, attention), None)
     model.train(training)
     if ep > 1:
         expert_parallel(model, own_group(ep), exchange=exchange)
@@ -88,14 +89,15 @@ def own_group(ep: int) -> dist.ProcessGroup:
     return groups[dist.get_rank() // ep]
 
 
-def _configured(path: Path, weights: bool) -> nn.Module:
+def _configured(path: Path, weights: bool, attention: str | None = None) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
         with torch.device("cpu" if weights else "meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.bfloat16)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None) or torch.bfloat16,
+                                                    **({"attn_implementation": attention} if attention else {}))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} is no configuration of a causal language model that transformers knows: {error}") from error
 

@@ -236,13 +236,13 @@ class HiddenTime:
         return self._segments[key]
 
     def _problem(self, first: int, reads: Sequence[Reads]) -> Problem:
-        tasks = _Tasks()
+        tasks = Tasks()
         for i, one in enumerate(reads, first):
             tasks.layer(i, self.layers[i], self.seconds[i], one)
         return tasks.problem(self.where.rates.link_compute_share)
 
 
-class _Tasks:
+class Tasks:
     """Items of a chain of layers, for ``simulate``."""
 
     def __init__(self) -> None:
