@@ -188,10 +188,10 @@ def agree(options: dict, saved: dict | None, what: str) -> None:
     given, known = FarskipConfig.from_dict(merge(saved, options)), FarskipConfig.from_dict(saved)
     if given.meaning() == known.meaning():
         return
-    given = given.saved()
-    for key, value in known.saved().items():
-        if given[key] != value:
-            raise ConfigError(f"option {key}={given[key]!r} disagrees with {what}, which says {value!r}. Leave the "
+    given, known = given.to_dict(), known.to_dict()
+    for key in ("connectivity", "layers", "payload", "backward_payload"):
+        if given[key] != known[key]:
+            raise ConfigError(f"option {key}={given[key]!r} disagrees with {what}, which says {known[key]!r}. Leave the "
                               "option out, or undo the conversion with farskip_fx.remove(model) first")
 
 

@@ -10,6 +10,7 @@ from .connectivity import CONNECTIVITIES, known_names
 from .data_parallel import DataParallel
 from .errors import ConfigError
 from .passes.costs import Rates
+from .payload import PAYLOADS
 from .per_layer import PerLayer, Runs, runs_of
 
 # Of the fields. A release that does not know a value of one (a connectivity for each layer, a registered name) refuses
@@ -17,6 +18,7 @@ from .per_layer import PerLayer, Runs, runs_of
 VERSION = 1
 _COSTS = ("analytic", "profiled")
 _INNER = ("inductor", "aot_eager", "eager")
+_PAYLOADS = ("payload", "backward_payload")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class FarskipConfig:
         data_parallel: average gradients inside the compiled backward: what ``farskip_fx.data_parallel(model, group)``
             returns. ``apply`` also takes the group itself (a DeviceMesh or a process group).
         rates: figures of device and link for the schedule; must be equal on all ranks. None: generic ones.
+        payload, backward_payload: how rows of an exchange, and their gradients, travel between ranks; see
+            ``expert_parallel``, which does it. Kept here because it is part of what a converted model computes.
 
     Raises:
         ConfigError: a field has a value that it cannot have.
@@ -54,6 +58,8 @@ class FarskipConfig:
     attention_parts: int = 2
     data_parallel: DataParallel | None = None
     rates: Rates | None = None
+    payload: str = ""
+    backward_payload: str = ""
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -63,6 +69,8 @@ class FarskipConfig:
             raise ConfigError(known_names(self.connectivity))
         _one_of("costs", self.costs, _COSTS)
         _one_of("inner", self.inner, _INNER)
+        for name in _PAYLOADS:
+            _one_of(name, getattr(self, name), ("", *PAYLOADS))
         for name in ("overlap", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -114,7 +122,8 @@ class FarskipConfig:
     def saved(self) -> dict:
         """What a checkpoint keeps (``config.farskip``): the fields that change numerics."""
         data = self.to_dict()
-        return {key: data[key] for key in ("version", "connectivity", "layers")}
+        kept = ("version", "connectivity", "layers", *(name for name in _PAYLOADS if data[name]))
+        return {key: data[key] for key in kept}
 
     @property
     def names(self) -> frozenset[str]:
@@ -123,13 +132,14 @@ class FarskipConfig:
             return self.connectivity.names
         return frozenset({self.connectivity} - {"none"})
 
-    def meaning(self) -> tuple[str, Runs]:
+    def meaning(self) -> tuple[str, Runs, str, str]:
         """What the conversion is, apart from its spelling: equal for two configurations that convert the same layers
         in the same way. ``"last:SHARE"`` stays as it is, because the number of layers is not known here."""
+        payload = self.payload, self.backward_payload
         if isinstance(self.connectivity, PerLayer):
-            return "", self.connectivity.runs
+            return "", self.connectivity.runs, *payload
         indices, share = (None, self.layers) if isinstance(self.layers, str) else (self.layers, "all")
-        return share if self.names and share != "all" else "", runs_of(self.connectivity, indices)
+        return share if self.names and share != "all" else "", runs_of(self.connectivity, indices), *payload
 
     def of_layers(self, count: int) -> tuple[str, ...]:
         """The connectivity of each of ``count`` decoder layers; "none" for those that are not converted.

@@ -1,6 +1,7 @@
 """``apply`` and ``remove``: conversion in place, for everything that calls the model; and the decorator."""
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -19,6 +20,7 @@ from .capture import prepare
 from .config import FarskipConfig, merge
 from .data_parallel import data_parallel
 from .errors import ConfigError, NoMoEError, WrongConnectivityError
+from .expert_parallel import payload_of
 from .marker import mark
 from .passes._torch import COMPILED_APART, ignored_in_graphs
 from .saved import forget, record
@@ -111,7 +113,7 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
     settings = [c for c in (getattr(model, "config", None), getattr(owner, "config", None)) if c is not None]
     saved = next((c.farskip for c in settings if getattr(c, "farskip", None) is not None), None)
     agree(given, saved, "the checkpoint (config.farskip)")
-    chosen = FarskipConfig.from_dict(merge(saved, given))
+    chosen = _with_payload(FarskipConfig.from_dict(merge(saved, given)), payload_of(model))
     owner.forward = Converted(owner.forward, chosen, dynamic=dynamic)
     for holder in settings:
         record(holder, chosen.saved())
@@ -120,6 +122,16 @@ def apply(model: nn.Module, config: FarskipConfig | dict | None = None, *, dynam
         owner.forward.disable_compile = generation.disable_compile
         generation.disable_compile = True
     return model
+
+
+def _with_payload(config: FarskipConfig, travels: dict[str, str] | None) -> FarskipConfig:
+    """``config`` with what the sharded experts do."""
+    for name, value in (travels or {}).items():
+        if getattr(config, name) not in ("", value):
+            raise ConfigError(f"{name}={getattr(config, name)!r}, but the experts are sharded with {value!r}: call farskip_fx."
+                              f"expert_parallel(model, group, {name}={getattr(config, name)!r}) before apply, or load the checkpoint with "
+                              "farskip_fx.from_pretrained(..., expert_parallel=group)")
+    return dataclasses.replace(config, **travels) if travels else config
 
 
 def remove(model: nn.Module) -> nn.Module:

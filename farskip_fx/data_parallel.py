@@ -72,7 +72,7 @@ class DataParallel:
         shard = _shard_of(parameter)
         if shard is None:
             return Mean(self.dense_group, self.dense_size, self.dense_size)
-        divisor = self.dense_size if shard.exchange == "all_to_all" else self.expert_size
+        divisor = self.expert_size if shard.exchange == "all_reduce" else self.dense_size
         return Mean(self.expert_group, self.expert_size, divisor)
 
 

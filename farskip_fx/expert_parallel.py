@@ -3,35 +3,16 @@
 Contract
     `expert_parallel(model, group)` shards the experts of a model in place over the ranks of `group`. The model then
     computes what it computed before (1e-5 in fp32), forward and backward, eagerly and as **one** Dynamo graph; every
-    exchange is a `_c10d_functional` op in that graph, so that passes can see it and move it.
-
-Terms
-    rows        (token, expert) pairs: `tokens * top_k` of them leave a rank, sorted by expert
-    counts      how many rows each expert gets, exchanged first (the counts exchange)
-    splits      counts summed per rank: the send and receive sizes of the two big exchanges, read back to the host
-    dispatch    rows to the ranks that hold their experts
-    combine     expert outputs back to the rows' home, where they are weighted and summed
-
-Exchanges
-    all_to_all  each rank has its own tokens (data-parallel attention). Splits are exact and data-dependent: no capacity,
-                nothing dropped.
-    all_reduce  every rank of the group has the *same* tokens (replicated attention, as inference servers run it); each
-                applies its own experts to all of them, and one all-reduce sums.
-
-Gradients
-    all_to_all  with L_r the loss on rank r: an expert parameter's gradient is that of sum_r L_r (it saw all ranks' rows);
-                a dense parameter's is that of L_r alone. Data parallelism therefore averages dense parameters over all
-                ranks, and expert parameters over the ranks that hold the same experts, both divided by the global size.
-    all_reduce  the loss is the same on each rank; expert gradients are complete for the local experts, and dense
-                gradients are complete and equal on each rank (Megatron's f and g, arXiv 1909.08053 section 3).
+    exchange is a `_c10d_functional` op in that graph, so that passes can see it and move it. What the exchanges are, and
+    what gradients mean: `exchanges.py`.
 
 How a model is found
     Through transformers' experts interface (`transformers/integrations/moe.py`): modules decorated with
     `use_experts_implementation`, whatever their class or family. Layouts (gated or not, transposed, biases, interleaved,
     clamped activations) stay transformers' business: its own implementation runs on the local experts.
 
-Importing this module registers the exchanges with transformers: `farskip_all_to_all` and `farskip_all_reduce` in
-`ALL_EXPERTS_FUNCTIONS`, and `farskip` as an `ep_implementation` of transformers' own `DistributedConfig`.
+Importing this module registers the exchanges with transformers: each as `farskip_<name>` in `ALL_EXPERTS_FUNCTIONS`, and
+`farskip` as an `ep_implementation` of transformers' own `DistributedConfig`.
 """
 from __future__ import annotations
 
@@ -39,18 +20,19 @@ import copy
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .collectives import all_gather, all_reduce, all_to_all
-from .passes._torch import (allow_scalar_outputs, optimization_hint, override_optimization_hint, patch_dynamo_config,
-                            timeout_of)
+from .collectives import all_gather
+from .exchanges import EXCHANGES, ExpertGroup, Options, all_to_all_experts
+from .passes._torch import timeout_of
+from .payload import PAYLOADS
+from .replicated import ReplicateRows, TakeOwnRows
 from .sharding import dense_shards
 
 __all__ = [
@@ -63,182 +45,6 @@ __all__ = [
     "gather_experts",
     "load_full_state_dict",
 ]
-
-RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows [n, hidden], local expert ids [n, k], weights [n, k]) -> weighted sums [n, hidden], on the local experts."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Replicated and partial tensors
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _CopyToGroup(torch.autograd.Function):
-    """Megatron's f: a replicated tensor enters computation that differs by rank. Its gradients are partial: sum them."""
-
-    @staticmethod
-    def forward(ctx, replicated: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
-        return replicated.view_as(replicated)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return all_reduce(gradient, ctx.group_name), None
-
-
-class _SumOverGroup(torch.autograd.Function):
-    """Megatron's g: partial results become one replicated sum, whose gradient is already complete on each rank."""
-
-    @staticmethod
-    def forward(ctx, partial: Tensor, group_name: str) -> Tensor:
-        return all_reduce(partial, group_name)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None
-
-
-@torch.compiler.allow_in_graph
-def copy_to_group(replicated: Tensor, group_name: str) -> Tensor:
-    """`_CopyToGroup` as one node of a Dynamo graph, by a name that the passes know: traced into, it would hide in a subgraph."""
-    return _CopyToGroup.apply(replicated, group_name)
-
-
-@torch.compiler.allow_in_graph
-def sum_over_group(partial: Tensor, group_name: str) -> Tensor:
-    """`_SumOverGroup`, likewise."""
-    return _SumOverGroup.apply(partial, group_name)
-
-
-class _TakeOwnRows(torch.autograd.Function):
-    """[size * n, ...], replicated -> [n, ...], this rank's rows. Backward: every rank's rows put together again."""
-
-    @staticmethod
-    def forward(ctx, replicated: Tensor, rank: int, size: int, group_name: str) -> Tensor:
-        ctx.size, ctx.group_name = size, group_name
-        return replicated.chunk(size)[rank].clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return all_gather(gradient, ctx.size, ctx.group_name), None, None, None
-
-
-class _ReplicateRows(torch.autograd.Function):
-    """[n, ...], this rank's rows -> [size * n, ...], replicated. Backward: this rank's rows of the replicated gradient."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, rank: int, size: int, group_name: str) -> Tensor:
-        ctx.rank, ctx.size = rank, size
-        return all_gather(rows, size, group_name)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient.chunk(ctx.size)[ctx.rank].clone(), None, None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The exchanges
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertGroup:
-    """The ranks that together hold all experts once, as plain values: Dynamo, deepcopy and pickle take them as they are."""
-
-    name: str
-    size: int
-    rank: int
-
-
-def all_to_all_experts(
-    run_experts: RunExperts, num_local_experts: int, group: ExpertGroup, tokens: Tensor, expert_ids: Tensor, weights: Tensor
-) -> Tensor:
-    """Runs each token's experts where they are.
-
-    Args:
-        run_experts: the local experts.
-        num_local_experts: experts on each rank; rank r holds ids [r * num_local_experts, (r + 1) * num_local_experts).
-        group: the ranks to exchange with.
-        tokens: [tokens, hidden], this rank's own.
-        expert_ids: [tokens, top_k], global ids.
-        weights: [tokens, top_k], the router's.
-
-    Returns:
-        [tokens, hidden], weighted and summed over top_k, in the dtype of `tokens`.
-    """
-    top_k = expert_ids.size(-1)
-    order, counts = _sort_by_expert(expert_ids, group.size * num_local_experts)
-    received_counts = _exchange_counts(counts, group)
-    send, receive = _splits(counts, received_counts, group.size, order.numel())
-
-    # Dispatch. The home rank keeps the router's weights: a row travels unweighted, so that only rows have gradients to
-    # carry back.
-    rows = all_to_all(tokens[order // top_k], receive, send, group.name)
-    local_ids = _local_expert_ids(received_counts, num_local_experts, group.size, sum(receive))
-    outputs = run_experts(rows, local_ids, torch.ones_like(local_ids, dtype=rows.dtype))
-
-    # Combine. index_copy undoes the sort; its backward is a gather, where indexing by the inverse would scatter.
-    outputs = all_to_all(outputs, send, receive, group.name)
-    unsorted = outputs.new_empty(order.numel(), outputs.size(-1)).index_copy(0, order, outputs)
-    return (unsorted.view(*expert_ids.shape, outputs.size(-1)) * weights.unsqueeze(-1)).sum(dim=1).to(tokens.dtype)
-
-
-def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Order of the rows by expert [tokens * top_k], and rows for each expert [num_experts]; both int64."""
-    flat = expert_ids.reshape(-1)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
-    counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int64))
-    return torch.argsort(flat, stable=True), counts
-
-
-def _exchange_counts(counts: Tensor, group: ExpertGroup) -> Tensor:
-    """Rows for each expert of mine, by sender: [size * num_local_experts], sender major."""
-    even = [counts.numel() // group.size] * group.size
-    return all_to_all(counts, even, even, group.name)
-
-
-def _splits(counts: Tensor, received_counts: Tensor, size: int, rows: int) -> tuple[list[int], list[int]]:
-    """Rows to send to and to receive from each rank, on the host; `rows` of them leave in all.
-
-    Both in one tensor, and that one copied to the host first: `.tolist()` on a device tensor synchronises once an element.
-    """
-    on_host = torch.stack([counts.view(size, -1).sum(1), received_counts.view(size, -1).sum(1)]).cpu()
-    if not torch.compiler.is_compiling():
-        return tuple(on_host.tolist())
-    allow_scalar_outputs()
-    with patch_dynamo_config(capture_scalar_outputs=True):  # for the tracing of this line only
-        send, receive = on_host.tolist()
-    balanced = optimization_hint(rows, 0) // size
-    for split in send + receive:
-        torch._check(split >= 0)
-        override_optimization_hint(split, balanced)  # or the compiler's estimates assume absurd sizes
-    return send, receive
-
-
-def _local_expert_ids(received_counts: Tensor, num_local_experts: int, size: int, num_rows: int) -> Tensor:
-    """Local expert of each received row, [num_rows, 1]: rows arrive by sender, and within a sender by expert."""
-    ids = torch.arange(num_local_experts, device=received_counts.device).repeat(size)
-    return ids.repeat_interleave(received_counts, output_size=num_rows).unsqueeze(-1)
-
-
-def all_reduce_experts(
-    run_experts: RunExperts, num_local_experts: int, group: ExpertGroup, tokens: Tensor, expert_ids: Tensor, weights: Tensor
-) -> Tensor:
-    """Like `all_to_all_experts`, for tokens that every rank of the group has: nothing travels but the partial sums.
-
-    `run_experts` must skip the id `num_local_experts` (the interface's own convention for a route that belongs elsewhere).
-    """
-    tokens = copy_to_group(tokens, group.name)
-    weights = copy_to_group(weights, group.name)
-    elsewhere = expert_ids // num_local_experts != group.rank
-    local_ids = (expert_ids % num_local_experts).masked_fill(elsewhere, num_local_experts)
-    partial = run_experts(tokens, local_ids, weights.masked_fill(elsewhere, 0.0))
-    return sum_over_group(partial, group.name)
-
-
-EXCHANGES: dict[str, Callable[..., Tensor]] = {"all_to_all": all_to_all_experts, "all_reduce": all_reduce_experts}
-"""Name -> exchange; each is registered with transformers as `farskip_<name>`."""
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sharding a model in place
@@ -256,6 +62,7 @@ class ExpertShard:
         num_experts: of the whole module; this rank has `num_experts / group.size`, from `first` on.
         local_implementation: the key of transformers' `ALL_EXPERTS_FUNCTIONS` that runs the local experts.
         parameters: names, in the module, of the sharded parameters.
+        options: of the exchange.
     """
 
     group: ExpertGroup
@@ -263,6 +70,7 @@ class ExpertShard:
     num_experts: int
     local_implementation: str
     parameters: tuple[str, ...]
+    options: Options = Options()
 
     @property
     def num_local_experts(self) -> int:
@@ -277,7 +85,8 @@ class ExpertShard:
         return full.narrow(0, self.first, self.num_local_experts)
 
 
-def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None = None, *, exchange: str = "all_to_all"):
+def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None = None, *, exchange: str = "all_to_all",
+                    chunks: int = 1, payload: str | None = None, backward_payload: str | None = None):
     """Shards the experts of `model` over `group`, in place, and returns it.
 
     Every rank of `group` calls this with the same full model (same weights). Each keeps a contiguous slice of every
@@ -288,15 +97,21 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
     Args:
         model: any module that contains experts of transformers' experts interface.
         group: a 1-D DeviceMesh (`mesh["ep"]`), a process group, or None for the default group.
-        exchange: `"all_to_all"` (each rank has its own tokens) or `"all_reduce"` (all ranks have the same tokens).
+        exchange: `"all_to_all"` (each rank has its own tokens; `"all_to_all_pairs"`: the same, a token travels once for each
+            of its experts) or `"all_reduce"` (all ranks have the same tokens).
+        chunks: cut the tokens into so many parts, so that experts of one run while another travels. The same numbers.
+        payload: `"int8"` or `"fp8"`: rows travel rounded to a byte a value. Not the same numbers. `""`: as they are. None:
+            as the model's conversion or checkpoint says (`config.farskip`), else as they are.
+        backward_payload: likewise for gradients of rows.
 
     Raises:
-        ValueError: unknown exchange; a mesh of several dimensions; a rank outside the group; no experts found; experts
+        ValueError: unknown exchange or option; a mesh of several dimensions; a rank outside the group; no experts found; experts
             that are sharded already, that the group size does not divide, or that cannot be sharded.
         RuntimeError: torch.distributed is not initialised.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown: use one of {', '.join(map(repr, EXCHANGES))}")
+    options = _options(exchange, chunks, _as_recorded(model, {"payload": payload, "backward_payload": backward_payload}))
     parent = _process_group(group)
     modules = dict(_experts_modules(model))
     if not modules:
@@ -312,9 +127,40 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
     configs: dict[int, object] = {}
     shared: dict[int, nn.Parameter] = {}
     for module in modules.values():
-        _shard(module, ExpertGroup(own.group_name, own.size(), own.rank()), exchange, configs, shared)
+        _shard(module, ExpertGroup(own.group_name, own.size(), own.rank()), exchange, options, configs, shared)
     _ignore_in_ddp(model, list(expert_parameters(model)))
     return model
+
+
+def payload_of(model: nn.Module) -> dict[str, str] | None:
+    """How rows of the sharded experts travel; None without sharded experts."""
+    found = next((module._farskip_experts.options for _, module in _sharded_modules(model)), None)
+    return None if found is None else {"payload": found.payload, "backward_payload": found.backward_payload}
+
+
+def _as_recorded(model: nn.Module, given: dict[str, str | None]) -> dict[str, str]:
+    """What was asked for, completed from what the model was converted with; a contradiction raises."""
+    saved = getattr(getattr(model, "config", None), "farskip", None)
+    if saved is None:
+        return {name: value or "" for name, value in given.items()}
+    for name, value in given.items():
+        known = saved.get(name, "")
+        if value is not None and value != known:
+            raise ValueError(f"{name}={value!r} disagrees with what the model was converted with, {known!r}: leave it out, or shard the "
+                             "model before farskip_fx.apply")
+    return {name: saved.get(name, "") for name in given}
+
+
+def _options(exchange: str, chunks: int, payloads: dict[str, str]) -> Options:
+    if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
+        raise ValueError(f"chunks must be a whole number of at least 1, got {chunks!r}")
+    for name, value in payloads.items():
+        if value and value not in PAYLOADS:
+            raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, ('', *PAYLOADS)))}")
+        if value and exchange == "all_reduce":
+            raise ValueError(f"{name}={value!r}: exchange='all_reduce' sums on its way, and bytes with scales cannot be summed; use "
+                             "exchange='all_to_all'")
+    return Options(chunks, **payloads)
 
 
 def _process_group(group: DeviceMesh | dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -395,7 +241,8 @@ def _check_experts(name: str, module: nn.Module, size: int, exchange: str) -> No
 
 
 def _shard(
-    module: nn.Module, group: ExpertGroup, exchange: str, configs: dict[int, object], shared: dict[int, nn.Parameter]
+    module: nn.Module, group: ExpertGroup, exchange: str, options: Options, configs: dict[int, object],
+    shared: dict[int, nn.Parameter],
 ) -> None:
     """`configs` and `shared` keep, over all modules, one new object for each old one (by id; every old one that is still to
     come is alive, so no id is reused meanwhile)."""
@@ -405,6 +252,7 @@ def _shard(
         num_experts=module.num_experts,
         local_implementation=_local_implementation(module.config),
         parameters=tuple(name for name, _ in module.named_parameters(recurse=False)),
+        options=options,
     )
     for name in shard.parameters:
         full = getattr(module, name)
@@ -570,7 +418,8 @@ def _exchanged_forward(
             "call farskip_fx.expert_parallel(model, group) instead of setting the implementation yourself"
         )
     run_experts = functools.partial(ALL_EXPERTS_FUNCTIONS[shard.local_implementation], self)
-    return EXCHANGES[exchange](run_experts, shard.num_local_experts, shard.group, hidden_states, top_k_index, top_k_weights)
+    return EXCHANGES[exchange](run_experts, shard.num_local_experts, shard.group, hidden_states, top_k_index, top_k_weights,
+                               shard.options)
 
 
 class FarskipExpertParallel(EPImplementation):
@@ -600,8 +449,8 @@ class FarskipExpertParallel(EPImplementation):
         whole = [hidden_states, top_k_index, top_k_weights]
         if padding:  # with weight 0, to expert 0
             whole = [nn.functional.pad(t, (0, 0, 0, padding)) for t in whole]
-        part = [_TakeOwnRows.apply(t, batch.rank, batch.size, batch.name) for t in whole]
-        return _ReplicateRows.apply(self._exchange(*part), batch.rank, batch.size, batch.name)[:num_tokens]
+        part = [TakeOwnRows.apply(t, batch.rank, batch.size, batch.name) for t in whole]
+        return ReplicateRows.apply(self._exchange(*part), batch.rank, batch.size, batch.name)[:num_tokens]
 
     def _exchange(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         return all_to_all_experts(

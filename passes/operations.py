@@ -6,7 +6,7 @@ PICKS = {"topk", "argmax", "max", "sort", "argsort", "kthvalue", "multinomial"}
 GATES = {"softmax", "sigmoid", "relu", "gumbel_softmax", "softplus"}
 SELECTORS = PICKS | GATES
 EXCHANGES = {"all_to_all_single", "all_to_all", "all_gather_into_tensor", "all_gather_tensor",
-              "reduce_scatter_tensor", "all_reduce", "all_to_all_single_autograd", "sum_over_group"}
+              "reduce_scatter_tensor", "all_reduce", "all_to_all_single_autograd", "rounded_all_to_all", "sum_over_group"}
 ATTENTION = {"scaled_dot_product_attention", "flex_attention", "conv1d", "causal_conv1d", "scan", "associative_scan"}
 PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "mm"}
 SCALES = {"mul", "imul", "div", "truediv", "itruediv"}

@@ -252,7 +252,7 @@ def _chosen_experts(router: _Router, nodes: list[Node]) -> Node | None:
             continue
         routed = bool(router.chosen & here)
         if routed and name in EXCHANGES and node.op == "call_function":
-            if name.startswith("all_to_all") or router.owns_some_of(nodes):
+            if "all_to_all" in name or router.owns_some_of(nodes):
                 return node
         for weight, shape in _expert_weights(node):
             if len(shape) >= 3 and router.counts & set(shape):

@@ -16,8 +16,9 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+import farskip_fx as fs
+from farskip_fx.exchanges import EXCHANGES
 from farskip_fx.expert_parallel import (
-    EXCHANGES,
     expert_parallel,
     expert_parameters,
     full_state_dict,
@@ -133,11 +134,11 @@ def communication(gm) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def families_equal(rank: int, families: list[str], exchange: str) -> dict[str, dict[str, float]]:
+def families_equal(rank: int, families: list[str], exchange: str, chunks: int = 1) -> dict[str, dict[str, float]]:
     failures = {}
     for family in families:
         model, reference = twins(family)
-        expert_parallel(model, exchange=exchange)
+        expert_parallel(model, exchange=exchange, chunks=chunks)
         ours, others = rank_inputs(family, rank, exchange)
         if wrong := compare(model, reference, ours, others):
             failures[family] = wrong
@@ -150,6 +151,84 @@ def test_all_to_all_equals_single_process_on_every_family():
 
 def test_all_reduce_equals_single_process():
     assert run_ranks(families_equal, families=VARIED, exchange="all_reduce") == [{}, {}]
+
+
+def in_other_ways(rank: int) -> list[dict]:
+    return [families_equal(rank, ["qwen3_moe", "gpt_oss"], "all_to_all", chunks=3),
+            families_equal(rank, ["qwen3_moe", "deepseek_v3"], "all_to_all_pairs", chunks=2),
+            families_equal(rank, ["qwen3_moe"], "all_to_all_pairs"), families_equal(rank, ["deepseek_v3"], "all_reduce", chunks=2)]
+
+
+def test_chunks_and_pairs_equal_single_process():
+    assert run_ranks(in_other_ways) == [[{}] * 4] * 2
+
+
+def bytes_that_leave(rank: int) -> dict[str, list[int]]:
+    """Rows of the dispatches, and bytes of a row, by exchange and payload: what the two kinds of exchange are for."""
+    found = {}
+    for exchange, payload in (("all_to_all", ""), ("all_to_all_pairs", ""), ("all_to_all", "int8"), ("all_to_all", "fp8")):
+        model, _ = twins("qwen3_moe")
+        expert_parallel(model, exchange=exchange, payload=payload)
+        launched: list[list[int]] = []
+        with Launches(launched), torch.no_grad():
+            model(**inputs("qwen3_moe", seed=rank))
+        found[f"{exchange} {payload}".strip()] = [launched[1][0], launched[1][1]]
+    return found
+
+
+class Launches(torch.utils._python_dispatch.TorchDispatchMode):
+    """[rows, bytes a row] of each all-to-all."""
+
+    def __init__(self, found: list) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "all_to_all_single" in str(function):
+            rows = args[0]
+            self.found.append([rows.size(0), rows.element_size() * rows[:1].numel()])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_token_goes_to_a_rank_once():
+    for found in run_ranks(bytes_that_leave):
+        pairs, hidden = found["all_to_all_pairs"][0], found["all_to_all_pairs"][1] // 4
+        assert pairs == 2 * 16                                              # top 2 of 16 tokens
+        assert 16 <= found["all_to_all"][0] < pairs                         # some tokens have both experts on one rank
+        assert found["all_to_all"][1] == 4 * (hidden + 4)                   # two weights and two ids beside
+        for payload in ("int8", "fp8"):
+            assert found[f"all_to_all {payload}"] == [found["all_to_all"][0], hidden + 4 * (1 + 4)]   # and a scale
+
+
+def rounded(rank: int) -> dict[str, float]:
+    """What arrives against what the other rank sent, in units of the row's largest magnitude."""
+    from farskip_fx.payload import travel
+
+    worst, group = {}, dist.group.WORLD.group_name
+    for payload, backward in (("int8", ""), ("fp8", "int8"), ("", "fp8")):
+        for compiled in (False, True):
+            of_rank = [torch.randn(6, 32, generator=torch.Generator().manual_seed(r)) for r in range(2)]
+            weights = torch.linspace(-1, 1, 6 * 32).view(6, 32)
+            rows, beside = of_rank[rank].clone().requires_grad_(), torch.full((6, 2), rank + 0.1).requires_grad_()
+            call = torch.compile(travel, backend="aot_eager", fullgraph=True) if compiled else travel
+            got, exact = call(rows, beside, [3, 3], [3, 3], group, payload=payload, backward_payload=backward)
+            want = torch.cat([of_rank[0][3 * rank:][:3], of_rank[1][3 * rank:][:3]])
+            (got * weights).sum().backward()
+            # Rank r holds sent rows 0-2 in its rows 3 rank and so on: their gradients are the weights there.
+            back = torch.cat([weights[3 * rank:][:3], weights[3 * rank:][:3]])
+            name = f"{payload or 'exact'} {backward or 'exact'}"
+            assert exact[:3].eq(torch.tensor(0.1)).all() and exact[3:].eq(torch.tensor(1.1)).all()
+            worst[name] = max(worst.get(name, 0.0), ((got - want).abs().amax(1) / want.abs().amax(1)).max().item())
+            name += " backward"
+            worst[name] = max(worst.get(name, 0.0), ((rows.grad - back).abs().amax(1) / back.abs().amax(1)).max().item())
+    return worst
+
+
+def test_payloads_round_each_row_and_no_more():
+    for worst in run_ranks(rounded):
+        assert 0 < worst["int8 exact"] <= 0.5 / 127 + 1e-6 and worst["int8 exact backward"] == 0
+        assert 0 < worst["fp8 int8"] <= 2 ** -4 and 0 < worst["fp8 int8 backward"] <= 0.5 / 127 + 1e-6
+        assert worst["exact fp8"] == 0 and 0 < worst["exact fp8 backward"] <= 2 ** -4
 
 
 def skewed_routing(rank: int) -> dict[str, list[dict]]:
@@ -432,8 +511,38 @@ def test_families_without_the_interface_are_refused(fake_world, family):
 
 
 def test_unknown_exchange(fake_world):
-    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_reduce'"):
+    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_to_all_pairs', 'all_reduce'"):
         expert_parallel(tiny("qwen3_moe"), exchange="allgather")
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({"chunks": 0}, "chunks must be a whole number of at least 1, got 0"),
+    ({"payload": "int4"}, "payload='int4' is unknown: use one of '', 'int8', 'fp8'"),
+    ({"payload": "int8", "exchange": "all_reduce"}, "exchange='all_reduce' sums on its way"),
+])
+def test_options_that_are_refused(fake_world, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        expert_parallel(tiny("qwen3_moe"), **options)
+
+
+def test_payload_is_part_of_the_conversion():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = fs.apply(expert_parallel(tiny("qwen3_moe"), payload="int8"))
+        assert model.config.farskip["payload"] == "int8" and "backward_payload" not in model.config.farskip
+        loaded = tiny("qwen3_moe")
+        loaded.config.farskip = model.config.farskip            # as its checkpoint has it
+        with pytest.raises(ValueError, match="payload='fp8' disagrees with what the model was converted with, 'int8'"):
+            expert_parallel(loaded, payload="fp8")
+        expert_parallel(loaded)
+        assert {p._farskip_expert_group.options.payload for p in expert_parameters(loaded).values()} == {"int8"}
+        fs.apply(loaded)
+        with pytest.raises(fs.ConfigError, match="payload='fp8', but the experts are sharded with ''"):
+            fs.apply(expert_parallel(tiny("qwen3_moe")), payload="fp8")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_mesh_of_two_dimensions(fake_world):

@@ -418,7 +418,7 @@ def _shard_gradients(model: nn.Module, args: TrainingArguments, group) -> float 
             raise ConfigError("data_parallel is for sharded experts (call farskip_fx.expert_parallel first); without them "
                               "Trainer averages the gradients by itself")
         return None
-    if shards[0].exchange != "all_to_all":
+    if shards[0].exchange == "all_reduce":
         raise ConfigError(f"exchange={shards[0].exchange!r}: Trainer gives each rank its own batch, and this exchange needs "
                           "one for all ranks of the expert group; use expert_parallel(model, group, exchange='all_to_all')")
     if args.save_strategy != "no":
