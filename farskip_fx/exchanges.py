@@ -13,6 +13,9 @@ Exchanges
                 nothing dropped. A token goes to each rank once, however many of its experts live there, with its router
                 weights beside it, and comes back once, weighted and summed.
     all_to_all_pairs  the same, but each pair travels by itself, and home weights and sums: more bytes, fewer loops.
+    all_gather  the same again, without counts and without a word from the host: every rank gets all tokens, applies its own
+                experts, and partial sums are scattered back. All shapes are static (CUDA graphs), nothing is dropped, all
+                ranks must have equally many tokens. More bytes than all_to_all, by ranks / min(ranks, top_k) and more.
     all_reduce  every rank of the group has the *same* tokens (replicated attention, as inference servers run it); each
                 applies its own experts to all of them, and one all-reduce sums.
 
@@ -22,7 +25,7 @@ Chunks (``Options.chunks``)
     an expert's weight gradient is the sum over parts. The counts travel together, in one exchange.
 
 Gradients
-    all_to_all  with L_r the loss on rank r: an expert parameter's gradient is that of sum_r L_r (it saw all ranks' rows);
+    all_to_all, all_gather  with L_r the loss on rank r: an expert parameter's gradient is that of sum_r L_r (it saw all ranks' rows);
                 a dense parameter's is that of L_r alone. Data parallelism therefore averages dense parameters over all
                 ranks, and expert parameters over the ranks that hold the same experts, both divided by the global size.
     all_reduce  the loss is the same on each rank; expert gradients are complete for the local experts, and dense
@@ -38,7 +41,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .collectives import all_to_all
+from .collectives import all_gather, all_to_all, reduce_scatter
 from .passes._torch import allow_scalar_outputs, optimization_hint, override_optimization_hint, patch_dynamo_config
 from .payload import travel
 from .replicated import copy_to_group, sum_over_group
@@ -138,9 +141,7 @@ class _Once:
 
     def __init__(self, num_local_experts: int, group: ExpertGroup, options: Options, tokens: Tensor, expert_ids: Tensor,
                  weights: Tensor) -> None:
-        if num_local_experts > 2 / torch.finfo(tokens.dtype).eps:
-            raise ValueError(f"{num_local_experts} experts on a rank: their ids travel as {tokens.dtype}, which has no whole numbers "
-                             "so large; use exchange='all_to_all_pairs'")
+        _require_whole_numbers(num_local_experts, tokens.dtype)
         self.num_local_experts, self.group, self.options = num_local_experts, group, options
         self.tokens, self.expert_ids, self.weights = tokens, expert_ids, weights
         self.rank_of = expert_ids // num_local_experts                                  # [tokens, top_k]
@@ -189,6 +190,12 @@ class _Once:
                          backward_payload=self.options.backward_payload)
         home = back.new_zeros(self.tokens.size(0), back.size(1)).index_add(0, self.token_of, back)
         return home.to(self.tokens.dtype)
+
+
+def _require_whole_numbers(most: int, dtype: torch.dtype) -> None:
+    if most > 2 / torch.finfo(dtype).eps:
+        raise ValueError(f"ids of {most} experts would travel as {dtype}, which has no whole numbers so large; use "
+                         "exchange='all_to_all_pairs'")
 
 
 def _places_of(mask: Tensor, count: int) -> Tensor:
@@ -261,9 +268,29 @@ def all_reduce_experts(
     return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
+def all_gather_experts(
+    run_experts: RunExperts, num_local_experts: int, group: ExpertGroup, tokens: Tensor, expert_ids: Tensor, weights: Tensor,
+    options: Options = Options(),
+) -> Tensor:
+    """Like `all_to_all_experts`, for equally many tokens on each rank. `run_experts` as in `all_reduce_experts`."""
+    _require_whole_numbers(group.size * num_local_experts, tokens.dtype)
+    hidden, top_k = tokens.size(1), expert_ids.size(1)
+    together = torch.cat([tokens, weights.to(tokens.dtype), expert_ids.to(tokens.dtype)], dim=1)
+    arrived = [all_gather(part, group.size, group.name) for part, in _parts(options.chunks, together)]
+    done = []
+    for rows in arrived:
+        ids = rows[:, hidden + top_k:].detach().to(torch.int64)
+        elsewhere = ids // num_local_experts != group.rank
+        local_ids = (ids % num_local_experts).masked_fill(elsewhere, num_local_experts)
+        here = rows[:, hidden:hidden + top_k].to(weights.dtype).masked_fill(elsewhere, 0.0)
+        done.append(reduce_scatter(run_experts(rows[:, :hidden], local_ids, here), group.size, group.name))
+    return torch.cat(done) if len(done) > 1 else done[0]
+
+
 EXCHANGES: dict[str, Callable[..., Tensor]] = {
     "all_to_all": all_to_all_experts,
     "all_to_all_pairs": functools.partial(all_to_all_experts, route=_Pairs),
+    "all_gather": all_gather_experts,
     "all_reduce": all_reduce_experts,
 }
 """Name -> exchange; each is registered with transformers as `farskip_<name>`."""

@@ -97,8 +97,9 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
     Args:
         model: any module that contains experts of transformers' experts interface.
         group: a 1-D DeviceMesh (`mesh["ep"]`), a process group, or None for the default group.
-        exchange: `"all_to_all"` (each rank has its own tokens; `"all_to_all_pairs"`: the same, a token travels once for each
-            of its experts) or `"all_reduce"` (all ranks have the same tokens).
+        exchange: each rank has its own tokens: `"all_to_all"`; `"all_to_all_pairs"`, where a token travels once for each of
+            its experts; or `"all_gather"`, without counts, for equally many tokens on each rank. All ranks have the same
+            tokens: `"all_reduce"`. See exchanges.py.
         chunks: cut the tokens into so many parts, so that experts of one run while another travels. The same numbers.
         payload: `"int8"` or `"fp8"`: rows travel rounded to a byte a value. Not the same numbers. `""`: as they are. None:
             as the model's conversion or checkpoint says (`config.farskip`), else as they are.
@@ -157,8 +158,8 @@ def _options(exchange: str, chunks: int, payloads: dict[str, str]) -> Options:
     for name, value in payloads.items():
         if value and value not in PAYLOADS:
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, ('', *PAYLOADS)))}")
-        if value and exchange == "all_reduce":
-            raise ValueError(f"{name}={value!r}: exchange='all_reduce' sums on its way, and bytes with scales cannot be summed; use "
+        if value and not exchange.startswith("all_to_all"):
+            raise ValueError(f"{name}={value!r}: exchange={exchange!r} sums on its way, and bytes with scales cannot be summed; use "
                              "exchange='all_to_all'")
     return Options(chunks, **payloads)
 
@@ -270,7 +271,7 @@ def _shard(
         configs[id(module.config)]._experts_implementation = f"farskip_{exchange}"
     module.config = configs[id(module.config)]
     module.num_experts = shard.num_local_experts
-    module._is_expert_parallel = exchange == "all_reduce"  # makes transformers' implementations mask routes elsewhere
+    module._is_expert_parallel = not exchange.startswith("all_to_all")  # makes transformers' implementations mask routes elsewhere
     module._farskip_experts = shard
 
 

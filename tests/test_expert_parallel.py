@@ -156,11 +156,12 @@ def test_all_reduce_equals_single_process():
 def in_other_ways(rank: int) -> list[dict]:
     return [families_equal(rank, ["qwen3_moe", "gpt_oss"], "all_to_all", chunks=3),
             families_equal(rank, ["qwen3_moe", "deepseek_v3"], "all_to_all_pairs", chunks=2),
-            families_equal(rank, ["qwen3_moe"], "all_to_all_pairs"), families_equal(rank, ["deepseek_v3"], "all_reduce", chunks=2)]
+            families_equal(rank, ["qwen3_moe"], "all_to_all_pairs"), families_equal(rank, ["deepseek_v3"], "all_reduce", chunks=2),
+            families_equal(rank, VARIED[:4], "all_gather"), families_equal(rank, ["qwen3_moe"], "all_gather", chunks=2)]
 
 
 def test_chunks_and_pairs_equal_single_process():
-    assert run_ranks(in_other_ways) == [[{}] * 4] * 2
+    assert run_ranks(in_other_ways) == [[{}] * 6] * 2
 
 
 def bytes_that_leave(rank: int) -> dict[str, list[int]]:
@@ -511,7 +512,7 @@ def test_families_without_the_interface_are_refused(fake_world, family):
 
 
 def test_unknown_exchange(fake_world):
-    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_to_all_pairs', 'all_reduce'"):
+    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_to_all_pairs', 'all_gather', 'all_reduce'"):
         expert_parallel(tiny("qwen3_moe"), exchange="allgather")
 
 

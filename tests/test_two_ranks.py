@@ -16,6 +16,7 @@ import torch._inductor.config
 import families
 import farskip_fx as fs
 from compiled import logits_of, run_each
+from farskip_fx.exchanges import EXCHANGES
 from oracle import oracle
 from ranks import run_ranks
 
@@ -43,7 +44,7 @@ def whole(rank, *, family, connectivity, overlap, exchange, train, changes):
     # Kernels may come from the cache, whole graphs may not: a cached one reports no schedule.
     torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
     model, plain = twins(family, **changes)
-    tokens = families.inputs(family, seed=rank if exchange == "all_to_all" else 0)
+    tokens = families.inputs(family, seed=0 if exchange == "all_reduce" else rank)
     others = families.inputs(family, seed=1 - rank)
     fs.expert_parallel(model, dist.group.WORLD, exchange=exchange)
     compiled = torch.compile(model, backend="farskip", options={"connectivity": connectivity, "overlap": overlap})
@@ -101,7 +102,7 @@ def every_connectivity(rank, *, families_, exchange):
     failures = []
     for family in families_:
         model, plain = twins(family)
-        tokens = families.inputs(family, seed=rank if exchange == "all_to_all" else 0)
+        tokens = families.inputs(family, seed=0 if exchange == "all_reduce" else rank)
         fs.expert_parallel(model, dist.group.WORLD, exchange=exchange)
         names = ("none", "farskip", "attn_only", "mlp_only", "ladder")
         with torch.no_grad():
@@ -113,7 +114,7 @@ def every_connectivity(rank, *, families_, exchange):
     return failures
 
 
-@pytest.mark.parametrize("exchange", [pytest.param("all_to_all", marks=pytest.mark.slow), pytest.param("all_reduce", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("exchange", [pytest.param(name, marks=pytest.mark.slow) for name in EXCHANGES])
 def test_every_connectivity_with_exchanges(exchange):
     """Rewiring alone, with the exchanges in the graph; openai_privacy_filter breaks without expert parallelism."""
     chosen = ["deepseek_v3", "gpt_oss", "openai_privacy_filter"]
