@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from farskip_fx.bench import families
 from farskip_fx.bench.model import Reference, build, loss_of, relative_difference, tokens
-from farskip_fx.bench.peers import CONNECTIVITY, ways
 from farskip_fx.bench.product import shard
 from farskip_fx.bench.spec import FAMILIES, PEERS, Shape, Spec, SpecError
+from farskip_fx.bench.variants import connectivity_of, ways_of
 from ranks import run_ranks
 
 TINY = Shape(layers=2, hidden=64, tokens=48, experts=8, moe_intermediate=32, heads=4, kv_heads=2, head_dim=16, vocab=64)
@@ -22,18 +22,18 @@ def shape_of(family, routing="balanced"):
 
 
 def differences(rank, family, routing, names, inner):
-    """{peer (how): (largest difference of logits, of a gradient)} on this rank, of its second step."""
+    """{variant (how): (largest difference of logits, of a gradient)} on this rank, of its second step."""
     torch.set_num_threads(1)
     shape = shape_of(family, routing)
     ids, spec = tokens(shape, 0, rank), Spec(forward=shape, train=shape, modes=("train",), inner=inner)
     whole = build(shape, 0)
-    wanted = {name: Reference.of(whole, ids, CONNECTIVITY.get(name, "none"), "train") for name in names}
+    wanted = {name: Reference.of(whole, ids, connectivity_of(name, spec), "train") for name in names}
     model = build(shape, 0)
     shard(model, spec, means=False)
     found = {}
     with torch._dynamo.config.patch(recompile_limit=64, capture_scalar_outputs=True):
         for name in names:
-            for how, peer in ways(name, model, spec).items():
+            for how, peer in ways_of(name, model, spec, None).items():
                 for _ in range(2):
                     model.zero_grad(set_to_none=True)
                     logits = peer(ids, use_cache=False).logits
@@ -43,13 +43,14 @@ def differences(rank, family, routing, names, inner):
                     max(relative_difference(model.get_parameter(each).grad, gradient)
                         for each, gradient in wanted[name].gradients.items()))
                 with torch.no_grad():
-                    assert (peer(ids).logits - wanted[name].logits).abs().max() < 1e-5
+                    assert (peer(ids, use_cache=False).logits - wanted[name].logits).abs().max() < 1e-5
     dist.barrier()
     return found
 
 
 @pytest.mark.parametrize("family,routing,names,inner", [
-    ("deepseek", "balanced", PEERS, "eager"), pytest.param("llama4", "skewed", PEERS, "eager", marks=pytest.mark.slow),
+    ("deepseek", "balanced", PEERS, "eager"),
+    pytest.param("llama4", "skewed", (*PEERS, "rewired_stock"), "eager", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "skewed", ("two_batches", "overlapped_eager"), "aot_eager", marks=pytest.mark.slow)])
 def test_peers_agree_with_the_reference(family, routing, names, inner):
     for found in run_ranks(differences, family=family, routing=routing, names=names, inner=inner):

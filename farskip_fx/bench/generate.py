@@ -72,8 +72,9 @@ def run(spec: GenerateSpec, console: Console, *, kinds: tuple[str, ...] = KINDS,
 
 def table_of(result: dict) -> RenderableType:
     """One batch size; milliseconds, medians."""
-    table = Table(title=f"batch {result['batch']}, prompts of {result['prompt']} tokens, {result['new_tokens']} new ones, comm/compute "
-                        f"{result['ratio']:g} in prefill: ms, median of {result['rounds']}", title_justify="left")
+    table = Table(title_justify="left", title=(
+        f"batch {result['batch']}, prompts of {result['prompt']} tokens, {result['new_tokens']} new ones, comm/compute "
+        f"{result['ratio']:g} in prefill: ms, median of {result['rounds']}"))
     for heading in ("variant", "first token, fast", "slow", "over stock", "each further token, fast", "slow", "over stock",
                     "max diff"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")

@@ -75,7 +75,8 @@ def compiled(layers: int) -> dict[str, float]:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     shape = Shape(layers=layers, hidden=64, tokens=64, moe_intermediate=32)
     seconds = {"schedule": 0.0, "fence": 0.0}
-    for pass_type, name in ((overlap.FarskipSchedule, "schedule"), (overlap.FarskipFence, "fence"), (overlap.FarskipVerify, "fence")):
+    for pass_type, name in ((overlap.FarskipSchedule, "schedule"), (overlap.FarskipFence, "fence"),
+                            (overlap.FarskipVerify, "fence")):
         pass_type.__call__ = _timed(pass_type.__call__, seconds, name)
     model, ids = fs.expert_parallel(build(shape, 0), dist.group.WORLD), tokens(shape, 0, 0)
     fast = torch.compile(model, backend="farskip", dynamic=False)
@@ -120,14 +121,15 @@ def child(*arguments: str, cache: str | None = None) -> dict[str, float]:
 
 def growth_table(rows: list[dict]) -> Table:
     table = Table(title="growth: CPU seconds, tracing only (trace: Dynamo and AOTAutograd, ours included)", title_justify="left")
-    for name in ("layers", "nodes", "aten nodes", "trace", "rewire", "schedule", "ours", "of trace", "ms a layer", "ours, MB",
-                 "process, MB"):
+    for name in ("layers", "nodes", "aten nodes", "trace", "rewire", "schedule", "ours", "of trace", "ms a layer",
+                 "ours, MB", "process, MB"):
         table.add_column(name, justify="right")
     for row in rows:
         rewiring, ours = row["rewiring"], row["rewiring"] + row["schedule"]
-        table.add_row(*(f"{row[name]:.0f}" for name in ("layers", "nodes", "aten nodes")), f"{row['trace']:.1f}", f"{rewiring:.2f}",
-                      f"{row['schedule']:.2f}", f"{ours:.2f}", f"{ours / row['trace']:.1%}", f"{1e3 * ours / row['layers']:.1f}",
-                      f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-", f"{row['process_mb']:.0f}")
+        table.add_row(*(f"{row[name]:.0f}" for name in ("layers", "nodes", "aten nodes")), f"{row['trace']:.1f}",
+                      f"{rewiring:.2f}", f"{row['schedule']:.2f}", f"{ours:.2f}", f"{ours / row['trace']:.1%}",
+                      f"{1e3 * ours / row['layers']:.1f}", f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-",
+                      f"{row['process_mb']:.0f}")
     return table
 
 

@@ -117,7 +117,8 @@ def _figures(mode: str, result: dict) -> str:
         for name, what in ((result["best_exact"], "the best with the model's own connectivity"),
                            ("overlapped_eager", "farskip by hand")):
             if name in by_name:
-                lines.append(f"farskip over {name} ({what}), slow link: {by_name[name]['slow_ms'] / by_name['farskip']['slow_ms']:.2f}x")
+                times = by_name[name]["slow_ms"] / by_name["farskip"]["slow_ms"]
+                lines.append(f"farskip over {name} ({what}), slow link: {times:.2f}x")
     if result["hidden"] is not None:
         ends = "the first or last exchange" + " or the last mean" * (mode == "step")
         inner = "" if result["hidden_inner"] is None else f"; {result['hidden_inner']:.0%} of what is not {ends}"

@@ -110,8 +110,9 @@ def _run(args: argparse.Namespace) -> int:
     shape = replace(Shape(), **{**usual, **(QUICK if args.quick else {}), **given})
     rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
     spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
-                variants=in_order([*args.variants, *(PEERS if args.peers else ())]), ratios=tuple(args.comm_ratio), rounds=rounds, budget_s=args.budget,
-                seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb, connectivity=args.connectivity)
+                variants=in_order([*args.variants, *(PEERS if args.peers else ())]), ratios=tuple(args.comm_ratio),
+                rounds=rounds, budget_s=args.budget, seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb,
+                connectivity=args.connectivity)
     return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
                       verbose=args.verbose))
 

@@ -1,7 +1,7 @@
 """A decoder's attention in parts, whatever its family: through transformers' attention interface.
 
 The interface is called with queries, keys and values as the family made them, and takes keyword arguments along. So one
-forward gives the projections (the rest of it is dead code, which the compiler drops), or attends to the keys of tokens in front.
+forward gives the projections (the rest of it is dead code, which the compiler drops), or attends to tokens in front.
 """
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The rank's one sequence is cut in the middle: the second half attends to the keys of the first, which has them in time.
 
-    first    attention | launch dispatch |                             | wait, experts, launch combine, shared |
-    second             |                 | attention | launch dispatch |                                        | wait, experts, ...
+    first    attention, launch dispatch |                            | wait, experts, launch combine, shared |
+    second                              | attention, launch dispatch |                                       | wait, ...
 
 The first half's dispatch travels behind the second's attention, the second's dispatch behind the first's experts, the first's
 combine behind the second's experts, and the second's combine behind the first's attention in the next layer.
