@@ -89,7 +89,7 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     return unfold(report, how) if isinstance(how, Folded) else report
 
 
-def graphs_of(model: nn.Module, *args, gradients: bool, **inputs) -> tuple[list[GraphModule], Folded | None]:
+def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, **inputs) -> tuple[list[GraphModule], Folded | None]:
     """The decoder of ``model`` as it is, as the graphs that Inductor would get, forward first; their nodes know their place.
 
     Raises:
@@ -97,7 +97,7 @@ def graphs_of(model: nn.Module, *args, gradients: bool, **inputs) -> tuple[list[
         NoMoEError: the call did not reach a decoder.
     """
     owner, tracer = _owner(model), _Lowerer()
-    with folded(owner) as how, _traced(owner, owner.forward, tracer):
+    with (folded(owner) if fold else nullcontext()) as how, _traced(owner, owner.forward, tracer):
         try:
             with torch.set_grad_enabled(gradients):
                 model(*args, **inputs)

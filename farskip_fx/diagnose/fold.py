@@ -173,12 +173,19 @@ class _Grow:
         return starts.get(self.first, 0.0) <= starts.get(self.last, 0.0)
 
     def _period_s(self, line: Timeline) -> float:
-        """From one layer to the one a period later, where nothing is at its end."""
-        starts = self._starts(line)
-        one, other = (self.first - self.period, self.first) if self._forward(line) else (self.first, self.last)
-        if one not in starts or other not in starts:
-            return 0.0
-        return abs(starts[other] - starts[one])
+        """What one repetition adds. Not the time between two starts: a schedule moves work of one layer far into another."""
+        def repeated(row) -> bool:
+            return row.layer is not None and self.first <= row.layer < self.last
+
+        own = [e for e in line.events if e.lane == "compute"]
+        placed = [e for e in own if e.layer is not None]
+        compute = sum(e.seconds for e in placed if repeated(e))
+        if placed:      # of the stream itself: as much in every layer
+            begin, end = min(e.start for e in placed), max(e.end for e in placed)
+            between = sum(e.seconds for e in own if e.layer is None and begin <= e.start < end)
+            compute += between * self.period / (self.last + self.period)
+        exposed = sum(c.exposed_s for c in line.collectives if repeated(c))
+        return max(compute + exposed, sum(c.seconds for c in line.collectives if repeated(c)))
 
     def _steady(self, line: Timeline) -> tuple[float, float]:
         """From when to when runs what is repeated."""

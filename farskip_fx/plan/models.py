@@ -53,12 +53,13 @@ CONFIGS: dict[str, dict] = {
         "model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
         "num_hidden_layers": 36, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
         "num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128, "max_position_embeddings": 131072},
-    # Nobody's: DeepSeek-V3 with its experts in quarters, for what 1024 ranks do to the graph. Not in any table of times.
-    "deepseek-v3-1024-experts": {},
 }
+PUBLISHED = tuple(CONFIGS)
+# What arXiv 2511.11505 trains: 71 billion parameters in 6 layers, so all of them are MoE.
+CONFIGS["deepseek-v3-6-layers"] = {**CONFIGS["deepseek-v3"], "num_hidden_layers": 6, "first_k_dense_replace": 0}
+# Nobody's: DeepSeek-V3 with its experts in quarters, for what 1024 ranks do to the graph.
 CONFIGS["deepseek-v3-1024-experts"] = {
     **CONFIGS["deepseek-v3"], "n_routed_experts": 1024, "moe_intermediate_size": 512, "n_shared_experts": 4}
-PUBLISHED = tuple(name for name in CONFIGS if name != "deepseek-v3-1024-experts")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 
 

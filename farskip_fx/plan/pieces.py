@@ -59,16 +59,25 @@ def pieces_of(graph: Graph, rates: Rates, *, backward: bool, half: bool = False)
     if half:
         seconds = {node: _half(node, own, rates) for node, own in seconds.items()}
     by_layer: dict[int, list[Node]] = {}
-    outside = 0.0
+    outside, alone = 0.0, 0
+    counts: dict[int, int] = {}
     for node in graph.nodes:
         place = place_of(node)
+        # With known splits nothing reads the counts exchange, so it has no place: it stands in front of its dispatch.
+        if costs.is_launch(node) and place is None:
+            alone += 1
+        elif costs.is_launch(node):
+            counts[place.layer] = counts.get(place.layer, 0) + alone
+            alone = 0
         if place is None or node.op != "call_function":
             outside += seconds.get(node, 0.0)
         else:
             by_layer.setdefault(place.layer, []).append(node)
     kept = {} if backward else _kept(graph)
-    return {layer: dataclasses.replace(_piece(nodes, seconds, backward), kept=kept.get(layer, 0.0))
-            for layer, nodes in by_layer.items()}, outside
+    pieces = {layer: _piece(nodes, seconds, backward) for layer, nodes in by_layer.items()}
+    return {layer: dataclasses.replace(piece, kept=kept.get(layer, 0.0),
+                                       first_launches=piece.first_launches + counts.get(layer, 0))
+            for layer, piece in pieces.items()}, outside
 
 
 def _piece(nodes: Sequence[Node], seconds: dict[Node, float], backward: bool) -> Piece:

@@ -25,6 +25,7 @@ UNKNOWN = (
     "Routing is taken to be balanced. Skewed routing makes the slowest rank set the pace, in every variant.",
     "Kernels reach one share of the peak at every size; small experts (many ranks, few tokens) reach less.",
     "Exchanges take no compute units. NCCL and DeepEP take some: the overlapped variants then gain less.",
+    "Routing limited to some groups or nodes (DeepSeek-V3) sends less between nodes than is counted here.",
     "Exchanges reach the link's rate at once; congestion between nodes and slow ranks are not in it.",
     "Means of gradients share the link with the exchanges and count as hidden as far as the link has time; the last one is not.",
     "halves: two halves of the batch, forward with forward and backward with backward; DualPipe, which mixes them, hides more.",
@@ -109,10 +110,12 @@ class Planner:
         rates: of the device; its link's figures are not used, those of ``network`` are.
         capacity: bytes of the device; None: not known.
         shard: dense parameters, their gradients and optimizer states in slices over all ranks (``data_parallel(shard=True)``).
+        updates: training has means of gradients and an optimizer.
     """
 
     def __init__(self, traced: Traced, rates: Rates, network: Network, *, connectivity: str = "farskip",
-                 capacity: float | None = None, shard: bool = False) -> None:
+                 capacity: float | None = None, shard: bool = False, updates: bool = True) -> None:
+        self.updates = updates
         self.traced, self.rates, self.network, self.shard, self.capacity = traced, rates, network, shard, capacity
         self.connectivity = connectivity
         self.whole, self.whole_rest = traced.pieces(rates)
@@ -180,6 +183,8 @@ class Planner:
     def _parameters_moved(self, ep: int, dp: int, network: Network) -> list[float]:
         """Link seconds of what is no exchange: means of gradients; with ``shard`` parameters gathered in both phases."""
         t, ranks = self.traced, ep * dp
+        if not self.updates:
+            return [0.0, 0.0]
         dense, expert = t.dense * t.weight_bytes, t.expert / ep * t.weight_bytes
         one_way = network.mean_seconds(dense, ranks, ranks) / 2         # a gather, or a scatter of gradients
         forward = one_way if self.shard else 0.0
@@ -192,7 +197,7 @@ class Planner:
         return self.traced.dense / (ep * dp if self.shard else 1) + self.traced.expert / ep
 
     def _update(self, ep: int, dp: int) -> float:
-        if not self.traced.training:
+        if not self.traced.training or not self.updates:
             return 0.0
         return self._own(ep, dp) * (2 * self.traced.weight_bytes + 2 * _OPTIMIZER_BYTES) / self.rates.memory_bytes
 

@@ -76,11 +76,12 @@ class Traced:
         return [i if i < last else i - end + last if i >= end else first + (i - first) % how.period for i in range(how.layers)]
 
 
-def trace(source: str | Path, *, tokens: int, context: int | None = None, training: bool, attention: str | None = ATTENTION
-          ) -> Traced:
+def trace(source: str | Path, *, tokens: int, context: int | None = None, training: bool, ep: int = TRACED_EP,
+          attention: str | None = ATTENTION) -> Traced:
     """
     Args:
         tokens: of a rank in one step, sequences of ``context``.
+        ep: ranks to trace with, at most.
         attention: the kernel; None: the one of this CPU.
 
     Raises:
@@ -91,15 +92,15 @@ def trace(source: str | Path, *, tokens: int, context: int | None = None, traini
         raise ConfigError(f"--tokens {tokens} is no multiple of --context {context}; tokens are whole sequences")
     torch._dynamo.reset()
     with source_of(source) as path, stand_ins():
-        ep = math.gcd(TRACED_EP, experts_of(AutoConfig.from_pretrained(str(path), local_files_only=True)))
+        ep = math.gcd(ep, experts_of(AutoConfig.from_pretrained(str(path), local_files_only=True)))
         if ep < 2:
             raise ConfigError(f"{source} has no experts that two ranks could share, so there is nothing to plan")
         with ranks_for(ep):
             model, inputs = planned(path, tokens=context, batch=tokens // context, training=training, ep=ep, attention=attention)
             graphs, folded = graphs_of(model, gradients=training, **inputs)
     config = model.config.get_text_config()
-    split = [p for p in model.parameters() if hasattr(p, "_farskip_expert_group")]
-    expert = sum(p.numel() for p in split) * ep
+    expert = sum(getattr(m, name).numel() for m in model.modules() if (shard := getattr(m, "_farskip_experts", None)) is not None
+                 for name in shard.parameters) * ep
     return Traced(
         name=str(source), graphs=tuple(g.graph for g in graphs), folded=folded, tokens=tokens, context=context, ep=ep,
         layers=config.num_hidden_layers, experts=experts_of(config), top_k=config.num_experts_per_tok,
