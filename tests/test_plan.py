@@ -18,7 +18,7 @@ from farskip_fx.plan.devices import Link, device_of, link_of
 from farskip_fx.plan.exchanges import Network, copies
 from farskip_fx.plan.models import CONFIGS, experts_of, source_of
 from farskip_fx.plan.page import page
-from farskip_fx.plan.pieces import Piece
+from farskip_fx.plan.pieces import PARTS, Piece
 from farskip_fx.plan.planner import Planner, make
 from farskip_fx.plan.stand_ins import ATTENTION, stand_ins
 from farskip_fx.plan.traced import trace
@@ -99,8 +99,8 @@ def test_standard_hides_nothing_but_behind_what_is_free():
 
 def test_two_halves_share_compute_and_link():
     step = stack()
-    half = [[dataclasses.replace(p, **{n: getattr(p, n) / 2 for n in ("attention", "before", "inner", "weights", "after", "side",
-                                                                       "first", "second")}) for p in graph] for graph in step.layers]
+    half = [[dataclasses.replace(p, **{n: getattr(p, n) / 2 for n in (*PARTS, "first", "second")}) for p in graph]
+            for graph in step.layers]
     halves = dataclasses.replace(step, layers=half, head=[h / 2 for h in step.head])
     whole, both = (one.times([Reads()] * 12, copies=n) for one, n in ((step, 1), (halves, 2)))
     for one, other in zip(whole, both):
@@ -162,7 +162,8 @@ def test_parameters_are_split(traced):
 
 
 def test_a_plan_as_json_and_page(traced):
-    planner = Planner(dataclasses.replace(traced, name="<script>x</script>\x1b[31m"), PRESETS["h100-infiniband"], Network(LINK, LINK, 1))
+    hostile = dataclasses.replace(traced, name="<script>x</script>\x1b[31m")
+    planner = Planner(hostile, PRESETS["h100-infiniband"], Network(LINK, LINK, 1))
     plan = make(planner, gpus=8, ep=4, dp=2, device="h100", link="40GB/s")
     data = json.loads(json.dumps(plan.to_dict()))
     assert [p["ep"] for p in data["by_ep"]] == [2, 4, 8] and data["best"] in (2, 4, 8) and data["unknown"]
@@ -188,7 +189,8 @@ def test_command(tmp_path, capsys):
 
 def test_mistakes_are_named(tmp_path, capsys):
     for arguments, words in ((["nowhere"], "neither a known model"), (["deepseek-v3", "--device", "z"], "not in the table"),
-                             (["deepseek-v3", "--link", "z"], "neither one of"), (["deepseek-v3", "--context", "1000"], "no multiple")):
+                             (["deepseek-v3", "--link", "z"], "neither one of"),
+                             (["deepseek-v3", "--context", "1000"], "no multiple")):
         assert main(["plan", *arguments]) == 2 and words in capsys.readouterr().err
     bad = tmp_path / "bench.json"
     for text in ("{", "[]", "{}", '{"forward": {}}'):

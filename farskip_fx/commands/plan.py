@@ -18,8 +18,9 @@ from .calibrate import rates_of
 from .common import screen
 
 
-def planned_step(source: str, *, gpus: int, ep: int | None, dp: int | None, device: str, link: str, inside: str | None, node: int,
-                 tokens: int, context: int | None, training: bool, connectivity: str, shard: bool, rates: str | None) -> Plan:
+def planned_step(source: str, *, gpus: int, ep: int | None, dp: int | None, device: str, link: str, inside: str | None,
+                 node: int, tokens: int, context: int | None, training: bool, connectivity: str, shard: bool,
+                 rates: str | None) -> Plan:
     if rates is None:
         there = device_of(device)
         network = Network(link_of(inside or there.inside), link_of(link), node)
@@ -49,8 +50,8 @@ examples:
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("plan", help="step time, memory and gain of a model at full size, predicted", description=TEXT, epilog=END,
-                            formatter_class=argparse.RawTextHelpFormatter)
+    verb = verbs.add_parser("plan", help="step time, memory and gain of a model at full size, predicted", description=TEXT,
+                            epilog=END, formatter_class=argparse.RawTextHelpFormatter)
     verb.add_argument("model", metavar="MODEL")
     where = verb.add_argument_group("where it would run")
     where.add_argument("--gpus", type=int, default=8, metavar="N", help="devices in all (8)")
@@ -58,7 +59,8 @@ def add(verbs: argparse._SubParsersAction) -> None:
     where.add_argument("--dp", type=int, metavar="N", help="replicas of the experts (gpus / ep)")
     where.add_argument("--device", default="h100", metavar="NAME", help=f"{', '.join(devices.DEVICES)} (h100)")
     where.add_argument("--link", default="infiniband-400g", metavar="LINK",
-                       help=f"of each device to other nodes: {', '.join(devices.LINKS)},\nor a rate such as 50GB/s (infiniband-400g)")
+                       help=f"of each device to other nodes: {', '.join(devices.LINKS)},\n"
+                            "or a rate such as 50GB/s (infiniband-400g)")
     where.add_argument("--inside", metavar="LINK", help="likewise, inside of a node (what the device has)")
     where.add_argument("--node", type=int, default=8, metavar="N", help="devices of a node (8)")
     where.add_argument("--rates", metavar="PATH", help="of farskip calibrate, instead of the table")
@@ -77,8 +79,8 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    plan = planned_step(args.model, gpus=args.gpus, ep=args.ep, dp=args.dp, device=args.device, link=args.link, inside=args.inside,
-                        node=args.node, tokens=args.tokens, context=args.context, training=args.train,
+    plan = planned_step(args.model, gpus=args.gpus, ep=args.ep, dp=args.dp, device=args.device, link=args.link,
+                        inside=args.inside, node=args.node, tokens=args.tokens, context=args.context, training=args.train,
                         connectivity=args.connectivity, shard=args.shard, rates=args.rates)
     console = screen()
     if args.json:

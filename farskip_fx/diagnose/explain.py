@@ -103,7 +103,8 @@ def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, **inp
                 model(*args, **inputs)
         except Reached:
             return tracer.report, how
-    raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__}: call it as it runs, with input_ids for example")
+    raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__}: call it as it runs, with input_ids for "
+                     "example")
 
 
 def _owner(model: nn.Module) -> nn.Module:

@@ -109,8 +109,8 @@ class _Chain(Tasks):
             free = self._both([0.0, *(p.weights for p in pieces[1:])], [])
             back = self._travel(self._both(done, [arrived]), pieces, ("second", "first"), free)
             self._added[i, "mlp", "routed"] = self._both(home, [back])
-        everything = [self._added[i, block, part] for block, part in (("attention", "all"), ("mlp", "shared"), ("mlp", "routed"))
-                      if (i, block, part) in self._added]
+        parts = ((i, "attention", "all"), (i, "mlp", "shared"), (i, "mlp", "routed"))
+        everything = [self._added[part] for part in parts if part in self._added]
         self._states[i] = [self._both([0.0, 0.0], [*everything, *(self._states[earlier[-1]] if earlier else ())])]
         earlier.append(i)
 

@@ -73,8 +73,8 @@ def device_of(name: str) -> Device:
         ConfigError: lists the known ones.
     """
     if name not in DEVICES:
-        raise ConfigError(f"--device {name} is not in the table: {', '.join(DEVICES)}. For another give --rates, a file of farskip "
-                          "calibrate")
+        raise ConfigError(f"--device {name} is not in the table: {', '.join(DEVICES)}. For another give --rates, "
+                          "a file of farskip calibrate")
     return DEVICES[name]
 
 

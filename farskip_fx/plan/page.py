@@ -31,18 +31,20 @@ def page(plan: Plan) -> str:
              f"{v.exposed_s * 1e3:,.1f} ms", f"{plan.tokens * plan.gpus / v.step_s:,.0f}"] for v in asked.variants]
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{plan.tokens} tokens a rank in sequences of {plan.context}; link {escape(plain(plan.link))}; table of devices version "
-        f"{plan.table}. A prediction: nothing was run.</p>",
+        f"<p>{plan.tokens} tokens a rank in sequences of {plan.context}; link {escape(plain(plan.link))}; table of devices "
+        f"version {plan.table}. A prediction: nothing was run.</p>",
         f"<h2>ep {asked.ep} x dp {asked.dp}</h2>",
         _table(["connectivity", "step", "over standard", "exposed", "tokens/s in all"], rows),
         f"<p>{escape(memory_line(asked))}</p>",
         "<h2>Over the number of ranks that share the experts</h2>", _curve(plan.by_ep, [p.ep for p in plan.by_ep], "ep"),
         _points(plan.by_ep, plan.best),
-        "<h2>Over the link</h2>", _curve(plan.by_link, [p.link_bytes / 1e9 for p in plan.by_link], "GB/s"), _points(plan.by_link),
+        "<h2>Over the link</h2>", _curve(plan.by_link, [p.link_bytes / 1e9 for p in plan.by_link], "GB/s"),
+        _points(plan.by_link),
         *(f"<p>{escape(plain(line))}</p>" for line in ends_lines(plan)),
         "<h2>What it does not know</h2><ul>", *(f"<li>{escape(line)}</li>" for line in plan.unknown), "</ul>"]
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content=\"default-src 'none'; "
-            f"style-src 'unsafe-inline'\"><title>{escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">'
+            f"<title>{escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n")
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,7 +76,8 @@ def _curve(points: Sequence[Point], at: Sequence[float], unit: str) -> str:
 
     parts = [f'<line x1="{_LEFT}" x2="{_WIDTH - 130}" y1="{y(0):.1f}" y2="{y(0):.1f}" stroke="currentColor"/>']
     for share in (0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(most * share) + 4:.1f}" text-anchor="end">{most * share * 1e3:,.0f} ms</text>')
+        seconds = most * share
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(seconds) + 4:.1f}" text-anchor="end">{seconds * 1e3:,.0f} ms</text>')
     for value, log in zip(at, logs):
         parts.append(f'<text x="{x(log):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{value:,.3g}</text>')
     parts.append(f'<text x="{_WIDTH - 124}" y="{y(0) + 16:.1f}">{escape(unit)}</text>')

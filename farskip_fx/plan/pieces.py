@@ -122,7 +122,8 @@ def _half(node: Node, own: float, rates: Rates) -> float:
     if costs.is_light(node):
         return own / 2
     roots = {costs.through_views(source) for source in node.all_input_nodes}
-    weights = sum(costs.bytes_out(root) for root in roots if root.op == "placeholder" and root.name.startswith(("primals", "arg")))
+    weights = sum(costs.bytes_out(root) for root in roots
+                  if root.op == "placeholder" and root.name.startswith(("primals", "arg")))
     overhead = min(own, rates.kernel_overhead)
     return max((own - overhead) / 2, weights / rates.memory_bytes) + overhead
 

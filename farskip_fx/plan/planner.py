@@ -27,7 +27,8 @@ UNKNOWN = (
     "Exchanges take no compute units. NCCL and DeepEP take some: the overlapped variants then gain less.",
     "Routing limited to some groups or nodes (DeepSeek-V3) sends less between nodes than is counted here.",
     "Exchanges reach the link's rate at once; congestion between nodes and slow ranks are not in it.",
-    "Means of gradients share the link with the exchanges and count as hidden as far as the link has time; the last one is not.",
+    "Means of gradients share the link with the exchanges, and are hidden as far as it has time; that the last one is exposed "
+    "is not counted.",
     "halves: two halves of the batch, forward with forward and backward with backward; DualPipe, which mixes them, hides more.",
     "Attention is data parallel: no tensor, context or pipeline parallelism. Activations are kept, not recomputed.",
     "The converted model computes something else than the original, and needs distillation; halves is exact.",
@@ -128,8 +129,8 @@ class Planner:
             ConfigError: the experts cannot be split so.
         """
         if ep < 2 or self.traced.experts % ep:
-            raise ConfigError(f"--ep {ep} does not divide the {self.traced.experts} experts of {self.traced.name}, or is below 2; "
-                              f"take one of {', '.join(map(str, sizes(self.traced.experts, self.traced.experts)))}")
+            raise ConfigError(f"--ep {ep} does not divide the {self.traced.experts} experts of {self.traced.name}, or is "
+                              f"below 2; take one of {', '.join(map(str, sizes(self.traced.experts, self.traced.experts)))}")
         network = network or self.network
         scale = (copies(self.traced.experts, self.traced.top_k, ep)
                  / copies(self.traced.experts, self.traced.top_k, self.traced.ep))
@@ -139,8 +140,9 @@ class Planner:
 
         variants = tuple(self._variant(name, ep, dp, exchange, network) for name in (STANDARD, self.connectivity, HALVES))
         memory, first = self._memory(ep, dp), variants[0].phases
+        link = network.between if ep > network.node else network.inside
         sent = sum(p.first + p.second for graph in self.whole for p in graph) * scale
-        return Point(ep=ep, dp=dp, link_bytes=(network.between if ep > network.node else network.inside).rate, compute_s=sum(t.compute for t in first),
+        return Point(ep=ep, dp=dp, link_bytes=link.rate, compute_s=sum(t.compute for t in first),
                      link_s=sum(t.link for t in first), exchange_bytes=sent, variants=variants, memory=memory,
                      fits=self.capacity is None or memory.total <= self.capacity)
 

@@ -30,6 +30,7 @@ RATES = "h100-infiniband"
 _LIMIT_S = 900
 HEADINGS = ("model", "ep", "layers", "rewired", "refused", "exchanges a step", "GiB sent a step", "exposed before, ms",
             "exposed after, ms", "step before, ms", "step after, ms", "seconds", "CPU seconds", "GiB")
+_EMPTY = " |" * (len(HEADINGS) - 3)
 
 
 def row_of(name: str, ep: int, *, tokens: int = TOKENS) -> dict:
@@ -48,7 +49,8 @@ def row_of(name: str, ep: int, *, tokens: int = TOKENS) -> dict:
         refused = [str(report.unchanged)]
     return {"model": name, "ep": ep, "layers": len(report.layers), "rewired": report.rewired.rewired if report.rewired else 0,
             "refused": refused, "exchanges": len(calls) + counts, "bytes": sum(c.bytes for c in calls), "experts": experts,
-            "exposed_before_s": sum(p.before.exposed_s for p in phases), "exposed_after_s": sum(p.after.exposed_s for p in phases),
+            "exposed_before_s": sum(p.before.exposed_s for p in phases),
+            "exposed_after_s": sum(p.after.exposed_s for p in phases),
             "before_s": sum(p.before.seconds for p in phases), "after_s": sum(p.after.seconds for p in phases),
             "phases": len(phases), "seconds": time.perf_counter() - start, "cpu_s": time.process_time() - busy,
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         most = next(n for key in ("n_routed_experts", "num_experts", "num_local_experts") if (n := CONFIGS[name].get(key)))
         for ep in args.ep:
             if most % ep:
-                print(f"| {name} | {ep} | {most} experts: {ep} ranks do not divide them |" + " |" * (len(HEADINGS) - 3), flush=True)
+                print(f"| {name} | {ep} | {most} experts: {ep} ranks do not divide them |" + _EMPTY, flush=True)
                 continue
             failed = not _run(name, ep) or failed
     return int(failed)
@@ -108,10 +110,10 @@ def _run(name: str, ep: int) -> bool:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        print(f"| {name} | {ep} | not done after {_LIMIT_S} s |" + " |" * (len(HEADINGS) - 3), flush=True)
+        print(f"| {name} | {ep} | not done after {_LIMIT_S} s |" + _EMPTY, flush=True)
         return False
     if done.returncode:
-        print(f"| {name} | {ep} | failed: {done.stderr.strip().splitlines()[-1]} |" + " |" * (len(HEADINGS) - 3), flush=True)
+        print(f"| {name} | {ep} | failed: {done.stderr.strip().splitlines()[-1]} |" + _EMPTY, flush=True)
         return False
     print(text_of(json.loads(done.stdout.strip().splitlines()[-1])), flush=True)
     return True

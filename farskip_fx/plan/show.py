@@ -17,8 +17,9 @@ def label(name: str) -> str:
 
 def show(plan: Plan, console: Console) -> None:
     phase = "training step" if plan.training else "forward"
-    console.print(f"[bold]{escape(plain(plan.model))}[/]: {phase}, {plan.gpus} x {plan.device}, {plan.tokens} tokens a rank in sequences "
-                  f"of {plan.context}, link {plan.link}. A prediction: nothing was run.", highlight=False)
+    model, device, link = (escape(plain(name)) for name in (plan.model, plan.device, plan.link))
+    console.print(f"[bold]{model}[/]: {phase}, {plan.gpus} x {device}, {plan.tokens} tokens a rank in sequences of {plan.context}, "
+                  f"link {link}. A prediction: nothing was run.", highlight=False)
     console.print(asked_table(plan))
     console.print(memory_line(plan.asked), highlight=False)
     console.print(points_table(plan, plan.by_ep, f"all ways to split {plan.gpus} devices", best=plan.best))
@@ -47,8 +48,8 @@ def memory_line(point: Point) -> str:
     parts = ", ".join(f"{name} {getattr(memory, name) / 2**30:,.1f}" for name in
                       ("weights", "gradients", "optimizer", "activations") if getattr(memory, name))
     return (f"memory a rank: {memory.total / 2**30:,.1f} GiB ({parts}){'' if point.fits else '; it does not fit'}. Exchanges: "
-            f"{point.exchange_bytes / 2**20:,.0f} MiB leave a rank, {point.link_s * 1e3:,.1f} ms beside {point.compute_s * 1e3:,.1f} ms "
-            "of compute")
+            f"{point.exchange_bytes / 2**20:,.0f} MiB leave a rank, {point.link_s * 1e3:,.1f} ms beside "
+            f"{point.compute_s * 1e3:,.1f} ms of compute")
 
 
 def points_table(plan: Plan, points: tuple[Point, ...], title: str, best: int | None = None) -> Table:
@@ -58,8 +59,9 @@ def points_table(plan: Plan, points: tuple[Point, ...], title: str, best: int | 
         table.add_column(heading, justify="right")
     for p in points:
         mark = " (best)" if p.ep == best else ""
-        table.add_row(str(p.ep), str(p.dp), f"{p.link_bytes / 1e9:,.3g} GB/s", *(f"{v.step_s * 1e3:,.1f} ms" for v in p.variants),
-                      f"{p.gain:.2f}x{mark}", f"{p.memory.total / 2**30:,.0f}{'' if p.fits else ' (too much)'}")
+        steps = (f"{v.step_s * 1e3:,.1f} ms" for v in p.variants)
+        table.add_row(str(p.ep), str(p.dp), f"{p.link_bytes / 1e9:,.3g} GB/s", *steps, f"{p.gain:.2f}x{mark}",
+                      f"{p.memory.total / 2**30:,.0f}{'' if p.fits else ' (too much)'}")
     return table
 
 
@@ -70,8 +72,8 @@ def ends_lines(plan: Plan) -> list[str]:
         lines.append(f"{plan.connectivity} gains less than {ends['gain'] - 1:.0%} on every link of the table")
     else:
         low, high = (f"{rate / 1e9:,.3g} GB/s" for rate in ends["links"])
-        lines.append(f"{plan.connectivity} gains {ends['gain'] - 1:.0%} or more on links from {low} to {high} of those in the table; most "
-                     f"({ends['most']:.2f}x) at {ends['most_at'] / 1e9:,.3g} GB/s")
+        lines.append(f"{plan.connectivity} gains {ends['gain'] - 1:.0%} or more on links from {low} to {high} of those in the "
+                     f"table; most ({ends['most']:.2f}x) at {ends['most_at'] / 1e9:,.3g} GB/s")
     if ends["ep"]:
         lines.append(f"and with ep {ends['ep'][0]} to {ends['ep'][1]} of those that divide devices and experts")
     if plan.best is None:

@@ -1,7 +1,7 @@
 """A model at full size, traced once: the figures that plans are made of.
 
-Contract: a configuration in, ``Traced`` out. The model is built without weights, split over at most ``TRACED_EP`` ranks of which only
-one exists, and lowered with its original connectivity; of many equal layers a few are traced, and stand for all.
+Contract: a configuration in, ``Traced`` out. The model is built without weights, split over at most ``TRACED_EP`` ranks of
+which only one exists, and lowered with its original connectivity; of many equal layers a few are traced, and stand for all.
 """
 from __future__ import annotations
 
@@ -96,11 +96,12 @@ def trace(source: str | Path, *, tokens: int, context: int | None = None, traini
         if ep < 2:
             raise ConfigError(f"{source} has no experts that two ranks could share, so there is nothing to plan")
         with ranks_for(ep):
-            model, inputs = planned(path, tokens=context, batch=tokens // context, training=training, ep=ep, attention=attention)
+            model, inputs = planned(path, tokens=context, batch=tokens // context, training=training, ep=ep,
+                                    attention=attention)
             graphs, folded = graphs_of(model, gradients=training, **inputs)
     config = model.config.get_text_config()
-    expert = sum(getattr(m, name).numel() for m in model.modules() if (shard := getattr(m, "_farskip_experts", None)) is not None
-                 for name in shard.parameters) * ep
+    split = [m for m in model.modules() if getattr(m, "_farskip_experts", None) is not None]
+    expert = sum(getattr(m, name).numel() for m in split for name in m._farskip_experts.parameters) * ep
     return Traced(
         name=str(source), graphs=tuple(g.graph for g in graphs), folded=folded, tokens=tokens, context=context, ep=ep,
         layers=config.num_hidden_layers, experts=experts_of(config), top_k=config.num_experts_per_tok,

@@ -70,7 +70,8 @@ def _rows(name: str, mode: str, result: Mapping) -> Iterator[Row]:
         return
     traced = trace_shape(Shape(**result["shape"]), training=mode != "forward", ep=result["ep"])
     for point in result["curve"]:
-        predicted = {v.name: v.step_s for v in predict(traced, _rates(result, point), result["ep"], result["dp"], mode).variants}
+        at = predict(traced, _rates(result, point), result["ep"], result["dp"], mode)
+        predicted = {v.name: v.step_s for v in at.variants}
         for variant in point["variants"]:
             if variant["name"] in MEASURED:
                 yield Row(name, mode, point["ratio"], variant["name"], variant["slow_ms"] / 1e3,
