@@ -63,6 +63,7 @@ __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 FORMAT = 1
 _MANIFEST = "farskip.json"
+_FIELDS = {"step": (int, type(None)), "world_size": int, "connectivity": (dict, type(None)), "files": dict}
 
 
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *,
@@ -382,8 +383,16 @@ class _Reader(dcp.FileSystemReader):
     """Reads the metadata with `_Unpickler`."""
 
     def read_metadata(self, *args, **kwargs):
-        with open(Path(self.path, ".metadata"), "rb") as file:
-            metadata = _Unpickler(file).load()
+        path = Path(self.path, ".metadata")
+        try:
+            with open(path, "rb") as file:
+                metadata = _Unpickler(file).load()
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:      # a damaged pickle builds its objects from anything, and they raise anything
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        if not isinstance(metadata, dcp.metadata.Metadata):
+            raise CheckpointError(f"{path} is damaged: it holds a {type(metadata).__name__}")
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -462,14 +471,25 @@ def _manifest(path: Path) -> dict:
                               "(farskip_fx.latest_checkpoint)") from None
     except ValueError as error:
         raise CheckpointError(f"{path / _MANIFEST} is damaged: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this farskip_fx reads {FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise CheckpointError(f"{path} has format {found!r}; this farskip_fx reads {FORMAT}")
+    for name, kinds in _FIELDS.items():
+        if not isinstance(manifest.get(name), kinds) or name not in manifest:
+            raise CheckpointError(f"{path / _MANIFEST} is damaged: its {name} is {manifest.get(name)!r}")
     for name, size in manifest["files"].items():
+        if not _is_inside(name):
+            raise CheckpointError(f"{path / _MANIFEST} is damaged: its files have the name {name!r}")
         file = path / name
         if not file.exists() or file.stat().st_size != size:
             found = f"has {file.stat().st_size}" if file.exists() else "is missing"
             raise CheckpointError(f"{path} is damaged: {name} {found}, and should have {size} bytes")
     return manifest
+
+
+def _is_inside(name: str) -> bool:
+    """A name below the checkpoint's folder."""
+    return bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _safe_bytes(value: Any, what: str) -> bytes:

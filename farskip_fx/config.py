@@ -87,7 +87,7 @@ class FarskipConfig:
             raise ConfigError(f"layers={self.layers!r} cannot be combined with a connectivity for each layer; write "
                               f"the layers into its keys ({self.connectivity!r}) and leave layers out")
         if isinstance(self.data_parallel, Mapping):
-            object.__setattr__(self, "data_parallel", DataParallel(**self.data_parallel))
+            object.__setattr__(self, "data_parallel", _averaging(self.data_parallel))
         elif self.data_parallel is not None and not isinstance(self.data_parallel, DataParallel):
             raise ConfigError(f"data_parallel is a {type(self.data_parallel).__name__}; process groups cannot be made while a "
                               "model is compiled: pass what farskip_fx.data_parallel(model, group) returns, or use "
@@ -105,7 +105,10 @@ class FarskipConfig:
 
     @classmethod
     def from_json(cls, text: str) -> FarskipConfig:
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"this is no farskip configuration: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"a farskip configuration is a JSON object, got {type(data).__name__}")
         return cls.from_dict(data)
@@ -210,6 +213,16 @@ def _layers(value) -> str | tuple[int, ...]:
     return tuple(sorted(set(indices)))
 
 
+def _averaging(data: Mapping) -> DataParallel:
+    try:
+        return DataParallel(**data)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data_parallel: {error}; pass what farskip_fx.data_parallel(model, group) returns") from error
+
+
 def _rates(data: Mapping) -> Rates:
     refuse_unknown(data, [f.name for f in dataclasses.fields(Rates)], "unknown rate ", "; known rates: ")
-    return Rates(**data)
+    try:
+        return Rates(**data)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"rates: {error}; each is a number, see farskip_fx.Rates") from error

@@ -29,7 +29,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def diff(first: Path, second: Path, console: Console, *, as_json: bool) -> int:
     """Exit status: 0 where the reports say the same, else 1."""
-    differences = compare.compare(read(first), read(second))
+    one, other = read(first), read(second)
+    try:
+        differences = compare.compare(one, other)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{first} or {second} is damaged ({type(error).__name__}: {error}): make it again") from error
     if as_json:
         print(json.dumps(differences, indent=1))
     else:

@@ -132,7 +132,12 @@ class CachedTeacher:
         folder = Path(folder)
         if not (folder / INDEX).exists():
             raise ConfigError(f"{folder} has no {INDEX}: it holds no complete cache of a teacher. Build it again")
-        index = json.loads((folder / INDEX).read_text())
+        try:
+            index = json.loads((folder / INDEX).read_text())
+        except ValueError as error:
+            raise ConfigError(f"{folder / INDEX} is damaged ({error}): build the cache again") from error
+        if not isinstance(index, dict):
+            raise ConfigError(f"{folder / INDEX} is damaged (it holds a {type(index).__name__}): build the cache again")
         vocabulary = base_of(model).get_output_embeddings().weight.shape[0]
         want = _header(model, vocabulary, rows, top_k, temperature)
         for name, value in want.items():

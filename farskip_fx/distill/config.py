@@ -78,7 +78,7 @@ class DistillConfig:
             object.__setattr__(self, "connectivity", dict(self.connectivity))
         if not settled.names:
             raise ConfigError("connectivity='none' converts nothing, so there is nothing to distill")
-        if self.teacher not in MODES:
+        if not isinstance(self.teacher, str) or self.teacher not in MODES:
             raise ConfigError(f"teacher={self.teacher!r} is not known; choose one of {', '.join(MODES)}")
         if self.teacher == "shared" and self.refit_batches:
             raise ConfigError('a refit changes the weights that teacher="shared" uses; use teacher="copy", "int8" or "cached", '

@@ -40,10 +40,10 @@ _PATIENCE = (0.15, 0.4)      # of the rules of ``list_schedule`` those that come
 
 def require_choices(choices: Sequence[str]) -> None:
     """Raise ConfigError for what is no list of known connectivities, or an empty one."""
-    if isinstance(choices, str) or not choices:
+    if not isinstance(choices, (list, tuple, set, frozenset)) or not choices:
         raise ConfigError(f"choices must be a list of connectivities, got {choices!r}")
     for name in choices:
-        if name not in CONNECTIVITIES:
+        if not isinstance(name, str) or name not in CONNECTIVITIES:
             raise ConfigError(f"choices: {known_names(name)}")
 
 

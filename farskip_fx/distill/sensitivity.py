@@ -149,7 +149,7 @@ class Sensitivity:
             choices = tuple(str(name) for name in data["choices"])
             layers = tuple(_layer(one, choices) for one in data["layers"])
             found = cls(layers=layers, choices=choices, tokens=int(data["tokens"]), model=str(data["model"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(f"{where} is damaged ({type(error).__name__}: {error}): scan again") from error
         if not layers:
             raise ConfigError(f"{where} has no layers: scan again")
