@@ -59,7 +59,8 @@ def pieces_of(graph: Graph, rates: Rates, *, backward: bool, half: bool = False)
     if half:
         seconds = {node: _half(node, own, rates) for node, own in seconds.items()}
     by_layer: dict[int, list[Node]] = {}
-    outside, alone = 0.0, 0
+    unplaced: set[Node] = set()
+    alone = 0
     counts: dict[int, int] = {}
     for node in graph.nodes:
         place = place_of(node)
@@ -69,28 +70,28 @@ def pieces_of(graph: Graph, rates: Rates, *, backward: bool, half: bool = False)
         elif costs.is_launch(node):
             counts[place.layer] = counts.get(place.layer, 0) + alone
             alone = 0
-        if place is None or node.op != "call_function":
-            outside += seconds.get(node, 0.0)
-        else:
+        if place is not None and node.op == "call_function":
             by_layer.setdefault(place.layer, []).append(node)
+        elif node.op == "call_function":
+            unplaced.add(node)
+    claimed = {layer: _between_exchanges(nodes, unplaced, backward) for layer, nodes in by_layer.items()}
+    outside = sum(seconds.get(n, 0.0) for n in unplaced.difference(*claimed.values()))
     kept = {} if backward else _kept(graph)
-    pieces = {layer: _piece(nodes, seconds, backward) for layer, nodes in by_layer.items()}
+    pieces = {layer: _piece(nodes, claimed[layer], seconds, backward) for layer, nodes in by_layer.items()}
     return {layer: dataclasses.replace(piece, kept=kept.get(layer, 0.0),
                                        first_launches=piece.first_launches + counts.get(layer, 0))
             for layer, piece in pieces.items()}, outside
 
 
-def _piece(nodes: Sequence[Node], seconds: dict[Node, float], backward: bool) -> Piece:
-    own = {node: place_of(node) for node in nodes}
-    attention = sum(seconds[n] for n in nodes if own[n].block == "attention")
-    block = [n for n in nodes if own[n].block != "attention"]
-    kind = "moe" if any(own[n].block == "moe" for n in block) else "mlp" if block else ""
-    launches = [n for n in block if costs.is_launch(n)]
+def _piece(nodes: Sequence[Node], claimed: set[Node], seconds: dict[Node, float], backward: bool) -> Piece:
+    attention = sum(seconds[n] for n in nodes if place_of(n).block == "attention")
+    placed = [n for n in nodes if place_of(n).block != "attention"]
+    block = [*placed, *claimed]
+    kind = "moe" if any(place_of(n).block == "moe" for n in placed) else "mlp" if block else ""
+    launches = [n for n in placed if costs.is_launch(n)]
     if not launches:
         return Piece(kind=kind, attention=attention, side=sum(seconds[n] for n in block))
-    first_part, second_part = ("combine", "dispatch") if backward else ("dispatch", "combine")
-    first = [n for n in launches if own[n].part == first_part]
-    second = [n for n in launches if own[n].part == second_part]
+    first, second = _exchanges(placed, backward)
     counts = [n for n in launches if n not in first and n not in second]
     inside = set(block)
     before = _reach([*first, *counts], inside, lambda n: n.all_input_nodes)
@@ -102,6 +103,20 @@ def _piece(nodes: Sequence[Node], seconds: dict[Node, float], backward: bool) ->
     return Piece(kind=kind, attention=attention, first=float(sum(map(costs.payload, first))),
                  second=float(sum(map(costs.payload, second))), first_launches=len(first) + len(counts),
                  second_launches=len(second), **{name: sum(seconds[n] for n in part) for name, part in parts.items()})
+
+
+def _exchanges(nodes: Sequence[Node], backward: bool) -> tuple[list[Node], list[Node]]:
+    order = ("combine", "dispatch") if backward else ("dispatch", "combine")
+    first, second = ([n for n in nodes if costs.is_launch(n) and place_of(n).part == part] for part in order)
+    return first, second
+
+
+def _between_exchanges(nodes: Sequence[Node], unplaced: set[Node], backward: bool) -> set[Node]:
+    """Nodes without a place that the second exchange needs and that need the first: autograd's functions lose it."""
+    first, second = _exchanges(nodes, backward)
+    inside = {n for n in nodes if place_of(n).block != "attention"} | unplaced
+    down = _reach(first, inside, lambda n: n.users)
+    return down & _reach(second, inside, lambda n: n.all_input_nodes) & unplaced
 
 
 def _reach(start: Iterable[Node], inside: set[Node], step) -> set[Node]:
