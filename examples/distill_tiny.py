@@ -152,12 +152,12 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": draw(self.text, self.seed + index, 1)[0]}
 
 
-def recover(path: Path, *, share: float, batches: int, loss: str, layers: str, batch: int, rate: float, seed: int,
-            inner: str) -> dict:
+def recover(path: Path, *, share: float, batches: int, loss: str, connectivity: str, layers: str, batch: int, rate: float,
+            seed: int, inner: str) -> dict:
     """Original, converted, refitted (``batches`` > 0) and distilled on ``share`` of the teacher's tokens; a table of all."""
     text, held_out = standard_library()
     held_out = [{"input_ids": ids} for ids in held_out_batches(held_out)]
-    model, rows, options = load_model(path), {}, dict(connectivity="farskip", layers=layers)
+    model, rows, options = load_model(path), {}, dict(connectivity=connectivity, layers=layers)
     if layers.startswith("auto:"):      # the best accuracy that keeps so much of the hidden time
         found = sensitivity(model, [draw(text, 9_000_000 + i) for i in range(2)])
         choice = choose(found, hidden_time(found), share=float(layers.removeprefix("auto:")))
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences for the refit; 0: no refit (12)")
     parser.add_argument("--share", type=float, default=0.2, help="of the teacher's tokens, for the distillation; 0: none (0.2)")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl", help="ce: plain training, for comparison (kl)")
+    parser.add_argument("--connectivity", default="farskip", help="of all converted layers (farskip)")
     parser.add_argument("--layers", default="all", help='"all", "last:0.5", "auto:0.9", ... (all)')
     parser.add_argument("--batch", type=int, default=4, help="sequences a step of the distillation (4)")
     parser.add_argument("--rate", type=float, default=5e-4, help="its learning rate (5e-4)")
@@ -227,8 +228,8 @@ def main() -> None:
         arguments.teacher, arguments.share = Path("build/small_teacher"), max(arguments.share, 0.2)
         train_teacher(arguments.teacher, family=arguments.family, steps=250, seed=arguments.seed, save_every=50)
     figures = recover(arguments.teacher, share=arguments.share, batches=arguments.batches, loss=arguments.loss,
-                      layers=arguments.layers, batch=arguments.batch, rate=arguments.rate, seed=arguments.seed,
-                      inner=arguments.inner)
+                      connectivity=arguments.connectivity, layers=arguments.layers, batch=arguments.batch, rate=arguments.rate,
+                      seed=arguments.seed, inner=arguments.inner)
     if arguments.json:
         arguments.json.write_text(json.dumps({**{k: str(v) for k, v in vars(arguments).items()}, "rows": figures}, indent=1))
 

@@ -273,17 +273,18 @@ def all_gather_experts(
     options: Options = Options(),
 ) -> Tensor:
     """Like `all_to_all_experts`, for equally many tokens on each rank. `run_experts` as in `all_reduce_experts`."""
-    _require_whole_numbers(group.size * num_local_experts, tokens.dtype)
-    hidden, top_k = tokens.size(1), expert_ids.size(1)
-    together = torch.cat([tokens, weights.to(tokens.dtype), expert_ids.to(tokens.dtype)], dim=1)
-    arrived = [all_gather(part, group.size, group.name) for part, in _parts(options.chunks, together)]
+    # Tokens travel by themselves: they need not wait for the router, and are no part of what it decides.
+    exact = torch.promote_types(weights.dtype, torch.float32)       # has whole numbers up to 2^24
+    beside = torch.cat([weights.to(exact), expert_ids.to(exact)], dim=1)
+    arrived = [[all_gather(t, group.size, group.name) for t in part] for part in _parts(options.chunks, tokens, beside)]
     done = []
-    for rows in arrived:
-        ids = rows[:, hidden + top_k:].detach().to(torch.int64)
+    for rows, there in arrived:
+        weights_there, ids = there.chunk(2, dim=1)
+        ids = ids.detach().to(torch.int64)
         elsewhere = ids // num_local_experts != group.rank
         local_ids = (ids % num_local_experts).masked_fill(elsewhere, num_local_experts)
-        here = rows[:, hidden:hidden + top_k].to(weights.dtype).masked_fill(elsewhere, 0.0)
-        done.append(reduce_scatter(run_experts(rows[:, :hidden], local_ids, here), group.size, group.name))
+        here = weights_there.to(weights.dtype).masked_fill(elsewhere, 0.0)
+        done.append(reduce_scatter(run_experts(rows, local_ids, here), group.size, group.name))
     return torch.cat(done) if len(done) > 1 else done[0]
 
 

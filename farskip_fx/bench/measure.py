@@ -31,7 +31,7 @@ from .parent import Parent
 from .pieces import Pieces, rows_per_expert, time_pieces
 from .spec import EP, Spec
 from .timing import Condition, Step, interleave
-from .variants import compile_for_report, connectivity_of, is_ours, settings_of, ways_of
+from .variants import compile_for_report, connectivity_of, is_ours, is_scheduled, settings_of, ways_of
 
 COMM = "comm_only"
 FAST = "fast"
@@ -168,8 +168,8 @@ class Measurement:
 
     # 4 compile
     def builds_of(self, name: str) -> list[tuple[str, dict[str, float] | None]]:
-        """Labels and rates. Only farskip's schedule depends on the link, so only it is built for every ratio."""
-        if name == "farskip":
+        """Labels and rates. Only our schedules depend on the link, so only they are built for every ratio."""
+        if is_scheduled(name):
             return [(label_of(name, ratio), self.rates[ratio]) for ratio in self.spec.ratios]
         return [(name, None)]
 
@@ -221,8 +221,8 @@ class Measurement:
 
     # 5 time
     def time(self) -> dict[tuple[str, str], Spread]:
-        everywhere = [name for name in self.spec.variants if name != "farskip"] + [COMM]
-        ours = ["farskip"] if "farskip" in self.spec.variants else []
+        everywhere = [name for name in self.spec.variants if not is_scheduled(name)] + [COMM]
+        ours = [name for name in self.spec.variants if is_scheduled(name)]
         fast = everywhere + [label_of(name, self.spec.main_ratio) for name in ours]
         conditions = [Condition(FAST, None, tuple(fast))]
         for ratio in self.spec.ratios:
@@ -277,8 +277,8 @@ class Measurement:
         slow, main = f"{ratio:g}", self.spec.main_ratio
         variants = []
         for name in self.spec.variants:
-            here = label_of(name, ratio) if name == "farskip" else name
-            on_fast = times[FAST, label_of(name, main) if name == "farskip" else name]
+            here = label_of(name, ratio) if is_scheduled(name) else name
+            on_fast = times[FAST, label_of(name, main) if is_scheduled(name) else name]
             on_slow = times[slow, here]
             stock_fast, stock_slow = times[FAST, "stock"], times[slow, "stock"]
             variants.append({

@@ -23,6 +23,17 @@ def shard(model: nn.Module, spec: Spec, means: bool) -> Any:
     return fs.data_parallel(model, mesh["dp"], bucket_mb=spec.bucket_mb) if means else None
 
 
+def reshard(model: nn.Module, **options: Any) -> nn.Module:
+    """The same shards with other options of their exchange. ``model`` must not be another variant's."""
+    from dataclasses import replace
+
+    for module in model.modules():
+        shard = getattr(module, "_farskip_experts", None)
+        if shard is not None:
+            module._farskip_experts = replace(shard, options=replace(shard.options, **options))
+    return model
+
+
 def groups_of_means(parallel: Any) -> set[str]:
     return {parallel.dense_group, parallel.expert_group}
 

@@ -16,6 +16,7 @@ from .launch import core_of, run_ranks, sharing
 from .link import KINDS, Link, open_link
 from .progress import Progress
 from .spec import MODES, Spec
+from .variants import is_scheduled
 
 WORKER = "farskip_fx.bench.worker"
 
@@ -44,7 +45,7 @@ def run(spec: Spec, console: Console, *, kinds: tuple[str, ...] = KINDS, json_pa
 def wrong(result: dict) -> list[str]:
     """Variants that computed something else than the reference; their times mean nothing."""
     return [f"{mode} {one['name']}: differs by {table.worst_of(one):.1e}" for mode in MODES
-            for one in result.get(mode, {}).get("variants", []) if not table.worst_of(one) <= table.TOLERANCE]
+            for one in result.get(mode, {}).get("variants", []) if not table.worst_of(one) <= table.tolerance_of(one["name"])]
 
 
 class Screen:
@@ -76,8 +77,8 @@ class Screen:
         self.progress.start(f"{mode}: compiling {label} ({self._place()})", expected_s)
 
     def _place(self) -> str:
-        of_farskip = len(self.spec.ratios) - 1 if "farskip" in self.spec.variants else 0
-        total = len(self.spec.modes) * (len(self.spec.variants) + of_farskip)
+        again = (len(self.spec.ratios) - 1) * sum(map(is_scheduled, self.spec.variants))
+        total = len(self.spec.modes) * (len(self.spec.variants) + again)
         return f"{self.builds} of {total}"
 
     def on_compiled(self, mode: str, label: str, compile_s: float, schedules: list[dict] | None, **facts: Any) -> None:

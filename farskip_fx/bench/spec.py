@@ -11,7 +11,8 @@ MODES = ("forward", "train", "step")
 BOTH = MODES[:2]                            # without data parallelism
 VARIANTS = ("stock", "inductor_overlap", "rewired_stock", "farskip")
 PEERS = ("transformers_ep", "two_batches", "overlapped_eager")       # bench/peers/, a file each
-ORDER = ("stock", "inductor_overlap", *PEERS, "rewired_stock", "farskip")
+OTHERS = ("exact_chunks", "farskip_chunks", "farskip_int8")            # ours, with other exchanges
+ORDER = ("stock", "inductor_overlap", *PEERS, "exact_chunks", "rewired_stock", "farskip", *OTHERS[1:])
 FAMILIES = ("qwen3_moe", "deepseek", "llama4")                       # bench/families.py
 ROUTINGS = ("balanced", "skewed")
 REWIRED = tuple(name for name in BUILT_IN if name != "none")
@@ -67,6 +68,7 @@ class Spec:
     ratios: tuple[float, ...] = (0.5,)       # comm-only over compute-only
     connectivity: str = "farskip"
     exchange: str = "all_to_all"
+    chunks: int = 2                          # of the variants that are named after them
     dp: int = 1                              # replicas of the experts; dp * EP ranks
     bucket_mb: float = 2.0                   # of gradients that travel together (mode step)
     inner: str = "inductor"                  # what our backend hands its graph to; tests use "aot_eager"
@@ -100,6 +102,10 @@ class Spec:
             raise SpecError(f"--peers ({', '.join(peers)}) do not average gradients: take --mode forward, train or both")
         if "overlapped_eager" in peers and self.connectivity != "farskip":
             raise SpecError(f"overlapped_eager is written for --connectivity farskip, not {self.connectivity}")
+        if self.exchange == "all_reduce":
+            raise SpecError("--exchange all_reduce wants the same tokens on both ranks, and the bench gives each its own")
+        if self.chunks < 2:
+            raise SpecError(f"--chunks must be at least 2, not {self.chunks}: the other variants have one")
         if self.dp < 1:
             raise SpecError(f"--dp must be at least 1, not {self.dp}")
         if self.dp > 1 and self.modes != ("step",):

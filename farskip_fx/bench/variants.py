@@ -13,6 +13,7 @@ from torch import nn
 
 from . import peers, product
 from .exchanges import Recorder
+from .peers.twin import twin
 from .spec import PEERS, Spec
 
 # As recommended beside this option in torch/_inductor/config.py.
@@ -29,6 +30,9 @@ WHAT = {
     "inductor_overlap": "standard connectivity, Inductor's overlap passes",
     "rewired_stock": "rewired, stock Inductor",
     "farskip": "rewired, scheduled and fenced",
+    "exact_chunks": "standard connectivity, exchanges in chunks, scheduled and fenced",
+    "farskip_chunks": "as farskip, exchanges in chunks",
+    "farskip_int8": "as farskip, rows and their gradients travel in int8",
     **peers.WHAT,
 }
 
@@ -38,7 +42,20 @@ def connectivity_of(name: str, spec: Spec) -> str:
 
 
 def is_ours(name: str) -> bool:
-    return name in ("rewired_stock", "farskip")
+    """Rewired."""
+    return name == "rewired_stock" or name.startswith("farskip")
+
+
+def is_scheduled(name: str) -> bool:
+    """By our passes, for one link: built for each of them."""
+    return name.startswith("farskip") or name == "exact_chunks"
+
+
+def sharding_of(name: str, spec: Spec) -> dict[str, Any]:
+    """Options of ``expert_parallel`` in which a variant differs from the others."""
+    if name.endswith("_chunks"):
+        return {"chunks": spec.chunks}
+    return {"payload": "int8", "backward_payload": "int8"} if name.endswith("_int8") else {}
 
 
 def ways_of(name: str, model: nn.Module, spec: Spec, rates: dict[str, float] | None,
@@ -58,15 +75,17 @@ def compile_variant(name: str, model: nn.Module, spec: Spec, rates: dict[str, fl
     """
     if name == "inductor_overlap" and spec.inner != "inductor":
         raise ValueError(f"inductor_overlap needs inner='inductor', not {spec.inner!r}")
+    if sharding := sharding_of(name, spec):
+        model = product.reshard(twin(model), **sharding)
     if parallel is None and name == "stock":
         return torch.compile(model, backend=spec.inner, dynamic=False)
     if parallel is None and name == "inductor_overlap":
         return torch.compile(model, backend="inductor", dynamic=False, options=dict(INDUCTOR_OVERLAP))
-    options: dict[str, Any] = {"connectivity": connectivity_of(name, spec), "overlap": name == "farskip",
+    options: dict[str, Any] = {"connectivity": connectivity_of(name, spec), "overlap": is_scheduled(name),
                                "inner": spec.inner, "strict": True}
     if parallel is not None:
         options["data_parallel"] = parallel
-    if name == "farskip" and rates is not None:
+    if is_scheduled(name) and rates is not None:
         options["rates"] = rates
     # A backend of its own: stock and inductor_overlap have equal options, and Dynamo would take one's graph for the other.
     return torch.compile(model, backend=lambda gm, inputs: product.backend()(gm, inputs, options=options), dynamic=False)

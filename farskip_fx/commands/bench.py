@@ -10,6 +10,7 @@ from pathlib import Path
 from ..bench.link import KINDS
 from ..bench.run import run, wrong
 from ..bench.spec import BOTH, FAMILIES, MODES, ORDER, PEERS, REWIRED, ROUTINGS, VARIANTS, Shape, Spec
+from ..exchanges import EXCHANGES
 from .common import screen
 
 TEXT = """\
@@ -36,6 +37,11 @@ peers (--peers, or by name; forward and train): what a user could pick instead, 
   transformers_ep   transformers' own expert parallelism, all_to_all; compiled or eager, whichever is faster
   two_batches       exact overlap by hand: the tokens in two halves, one's exchanges behind the other's compute
   overlapped_eager  farskip by hand: a loop over layers with asynchronous handles, compiled between
+
+others (by name): ours, with other exchanges
+  exact_chunks      standard connectivity, exchanges in --chunks, scheduled and fenced: the same numbers as stock
+  farskip_chunks    as farskip, exchanges in --chunks
+  farskip_int8      as farskip, rows and their gradients travel in int8: near the reference, not equal
 
 families:
   qwen3_moe         every layer an MoE, no shared expert
@@ -86,8 +92,12 @@ def add(verbs: argparse._SubParsersAction) -> None:
     what.add_argument("--bucket-mb", type=float, default=Spec.bucket_mb, metavar="MB",
                       help=f"mode step: MiB of gradients that travel together ({Spec.bucket_mb:g})")
     what.add_argument("--variants", nargs="+", choices=ORDER, default=list(VARIANTS), metavar="NAME",
-                      help="some of the above, peers too (all but the peers)")
+                      help="some of the above, peers and others too (the first four)")
     what.add_argument("--peers", action="store_true", help="the peers as well")
+    what.add_argument("--exchange", choices=[name for name in EXCHANGES if name != "all_reduce"], default=Spec.exchange,
+                      help=f"of expert_parallel, in all variants but transformers' ({Spec.exchange})")
+    what.add_argument("--chunks", type=int, default=Spec.chunks, metavar="N",
+                      help=f"of the exchanges of exact_chunks and farskip_chunks ({Spec.chunks})")
     what.add_argument("--connectivity", choices=REWIRED, default="farskip",
                       help="of the rewired variants (farskip); the bound that is reported is always that of farskip")
     what.add_argument("--comm-ratio", nargs="+", type=float, default=[0.5], metavar="R",
@@ -112,7 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
                 variants=in_order([*args.variants, *(PEERS if args.peers else ())]), ratios=tuple(args.comm_ratio),
                 rounds=rounds, budget_s=args.budget, seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb,
-                connectivity=args.connectivity)
+                connectivity=args.connectivity, exchange=args.exchange, chunks=args.chunks)
     return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
                       verbose=args.verbose))
 
