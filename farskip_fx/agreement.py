@@ -31,7 +31,8 @@ from .sharding import unshard_bucket
 __all__ = ["check_agreement"]
 
 _KINDS = ("all_to_all_single", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast",
-          "rounded_all_to_all", "copy_to_group", "sum_over_group",      # of exchange="all_reduce": all-reduces, of the backward and the forward
+          "rounded_all_to_all",                     # with a payload
+          "copy_to_group", "sum_over_group",        # of exchange="all_reduce": all-reduces, of the backward and the forward
           "unshard")                                # of one sharded parameter: an all-gather
 _BUCKETS = {averaged: "all_reduce of gradients", unshard_bucket: "all_gather of parameters"}
 

@@ -129,8 +129,8 @@ def _with_payload(config: FarskipConfig, travels: dict[str, str] | None) -> Fars
     for name, value in (travels or {}).items():
         if getattr(config, name) not in ("", value):
             raise ConfigError(f"{name}={getattr(config, name)!r}, but the experts are sharded with {value!r}: call farskip_fx."
-                              f"expert_parallel(model, group, {name}={getattr(config, name)!r}) before apply, or load the checkpoint with "
-                              "farskip_fx.from_pretrained(..., expert_parallel=group)")
+                              f"expert_parallel(model, group, {name}={getattr(config, name)!r}) before apply, or load the "
+                              "checkpoint with farskip_fx.from_pretrained(..., expert_parallel=group)")
     return dataclasses.replace(config, **travels) if travels else config
 
 

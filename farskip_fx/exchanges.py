@@ -25,9 +25,9 @@ Chunks (``Options.chunks``)
     an expert's weight gradient is the sum over parts. The counts travel together, in one exchange.
 
 Gradients
-    all_to_all, all_gather  with L_r the loss on rank r: an expert parameter's gradient is that of sum_r L_r (it saw all ranks' rows);
-                a dense parameter's is that of L_r alone. Data parallelism therefore averages dense parameters over all
-                ranks, and expert parameters over the ranks that hold the same experts, both divided by the global size.
+    own tokens  with L_r the loss on rank r: an expert parameter's gradient is that of sum_r L_r (it saw all ranks' rows); a
+                dense parameter's is that of L_r alone. Data parallelism therefore averages dense parameters over all ranks,
+                and expert parameters over the ranks that hold the same experts, both divided by the global size.
     all_reduce  the loss is the same on each rank; expert gradients are complete for the local experts, and dense
                 gradients are complete and equal on each rank (Megatron's f and g, arXiv 1909.08053 section 3).
 """

@@ -147,8 +147,8 @@ def _as_recorded(model: nn.Module, given: dict[str, str | None]) -> dict[str, st
     for name, value in given.items():
         known = saved.get(name, "")
         if value is not None and value != known:
-            raise ValueError(f"{name}={value!r} disagrees with what the model was converted with, {known!r}: leave it out, or shard the "
-                             "model before farskip_fx.apply")
+            raise ValueError(f"{name}={value!r} disagrees with what the model was converted with, {known!r}: leave it out, or "
+                             "shard the model before farskip_fx.apply")
     return {name: saved.get(name, "") for name in given}
 
 
@@ -159,8 +159,8 @@ def _options(exchange: str, chunks: int, payloads: dict[str, str]) -> Options:
         if value and value not in PAYLOADS:
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, ('', *PAYLOADS)))}")
         if value and not exchange.startswith("all_to_all"):
-            raise ValueError(f"{name}={value!r}: exchange={exchange!r} sums on its way, and bytes with scales cannot be summed; use "
-                             "exchange='all_to_all'")
+            raise ValueError(f"{name}={value!r}: exchange={exchange!r} sums on its way, and bytes with scales cannot be "
+                             "summed; use exchange='all_to_all'")
     return Options(chunks, **payloads)
 
 
@@ -342,8 +342,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` with the experts, and dense parameters in slices, gathered: names and shapes of the single process,
     on every rank.
 
-    Collective over the expert group, and with `data_parallel(shard=True)` over all ranks. `model.save_pretrained(path, state_dict=full_state_dict(model))` on one rank writes
-    an ordinary checkpoint.
+    Collective over the expert group, and with `data_parallel(shard=True)` over all ranks. `model.save_pretrained(path,
+    state_dict=full_state_dict(model))` on one rank writes an ordinary checkpoint.
 
     Raises:
         ValueError: the model has no sharded experts, and no dense parameters in slices.

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..exchanges import EXCHANGES
 from ..passes.costs import PRESETS
+from ..payload import PAYLOADS
 
 
 def screen() -> Console:
@@ -29,6 +31,17 @@ def add_place(verb, *, tokens: int) -> None:
     verb.add_argument("--tokens", type=int, default=tokens, metavar="N", help=f"of a sequence ({tokens})")
     verb.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a rank (1)")
     verb.add_argument("--train", action="store_true", help="forward and backward")
+
+
+def add_exchange(verb) -> None:
+    """Options of ``expert_parallel``."""
+    verb.add_argument("--exchange", choices=list(EXCHANGES), default="all_to_all", help="how tokens travel (all_to_all)")
+    verb.add_argument("--chunks", type=int, default=1, metavar="N", help="parts of the tokens that travel one after the other (1)")
+    verb.add_argument("--payload", choices=list(PAYLOADS), help="how rows are rounded to travel (not)")
+
+
+def exchange_of(args: argparse.Namespace) -> dict:
+    return {"exchange": args.exchange, "chunks": args.chunks, "payload": args.payload}
 
 
 def add_rates(verb) -> None:

@@ -14,19 +14,22 @@ from ..diagnose.planned import planned, ranks_for
 from ..report import Report
 from ..view import terminal
 from .calibrate import rates_of
-from .common import add_model, add_place, add_rates, screen
+from .common import add_exchange, add_model, add_place, add_rates, exchange_of, screen
 
 
 def explain_source(source: Path, *, ep: int, tokens: int, batch: int, training: bool, rates: str | None, options: dict,
-                   fold: bool, predict: bool) -> Report:
+                   fold: bool, predict: bool, exchange: dict | None = None) -> Report:
     """The report of what ``planned`` builds. Under torchrun every rank makes its own, and they are compared.
+
+    Args:
+        exchange: options of ``expert_parallel``.
 
     Raises:
         CollectiveError: a rank differs; names it, and the first difference.
     """
     config = FarskipConfig.from_dict({**options, **({"rates": rates_of(rates)} if rates else {})})
     with ranks_for(ep):
-        model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep)
+        model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep, exchange=exchange)
         report = explain(model, config=config, gradients=training, fold=fold, predict=predict, **inputs)
         if dist.is_initialized() and dist.get_backend() != "fake":
             check_agreement(report)
@@ -73,6 +76,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     what.add_argument("--layers", default=None, metavar="WHICH", help='"all" (usual) or "last:SHARE"')
     where = verb.add_argument_group("where it would run")
     add_place(where, tokens=2048)
+    add_exchange(where)
     add_rates(where)
     how = verb.add_argument_group("what is shown")
     how.add_argument("--layer", type=int, metavar="K", help="everything about one layer")
@@ -90,7 +94,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
 def _run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("connectivity", "layers") if getattr(args, name) is not None}
     report = explain_source(args.model, ep=args.ep, tokens=args.tokens, batch=args.batch, training=args.train, rates=args.rates,
-                            options=options, fold=not args.no_fold, predict=not args.no_predict)
+                            options=options, fold=not args.no_fold, predict=not args.no_predict, exchange=exchange_of(args))
     sides = ("before",) if args.before else ("after",) if args.after else ("before", "after")
     show(report, screen(), layer=args.layer, sides=sides, as_json=args.json, html=args.html, trace=args.trace)
     return 0

@@ -24,13 +24,14 @@ from ..passes._torch import fake_store
 
 
 def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training: bool = False, ep: int = 1,
-            exchange: str = "all_to_all", weights: bool = False, attention: str | None = None) -> tuple[nn.Module, dict]:
+            exchange: Mapping | None = None, weights: bool = False, attention: str | None = None) -> tuple[nn.Module, dict]:
     """The model of ``source``, split over groups of ``ep`` ranks (see ``ranks_for``), and inputs to call it with.
 
     Args:
         source: a Hugging Face ``config.json`` or the folder with it, or a Python file with ``build()``.
         tokens, batch: of the inputs, where the source has none.
         ep: ranks that its experts are split over.
+        exchange: options of ``expert_parallel``.
         weights: a configuration's weights are drawn at random, the same on every rank; False: there are none.
         attention: transformers' name of the kernel; None: what the model chooses.
 
@@ -43,7 +44,7 @@ def planned(source: str | Path, *, tokens: int = 2048, batch: int = 1, training:
     model, inputs = _scripted(path) if path.suffix == ".py" else (_configured(path, weights, attention), None)
     model.train(training)
     if ep > 1:
-        expert_parallel(model, own_group(ep), exchange=exchange)
+        expert_parallel(model, own_group(ep), **(exchange or {}))
     if any(t.is_meta for t in model.parameters()):
         # Kernels are chosen by device. Memory that is never touched is never taken.
         model.to_empty(device="cpu")
