@@ -142,6 +142,23 @@ def test_planned_for_ranks_that_are_not_there(config_file):
     views_show_the_reports_figures(reports[0].to_dict())
 
 
+def test_exchanges_in_chunks_hide_without_rewiring(tmp_path):
+    """Connectivity "none": the experts of one half run while the other half travels."""
+    if dist.is_initialized():
+        pytest.skip("this process has ranks already")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG | {"num_hidden_layers": 2, "hidden_size": 128, "moe_intermediate_size": 512}))
+    whole, halves = (explain_source(
+        path, ep=2, tokens=1024, batch=1, training=False, rates=None, options={"connectivity": "none"}, fold=False, predict=True,
+        exchange=how) for how in ({}, {"chunks": 2}))
+    (one,), (other,) = whole.phases, halves.phases
+    assert [len(report.collectives) for report in (whole, halves)] == [3, 5]
+    assert other.after.exposed_s < 0.8 * one.after.exposed_s
+    assert other.after.seconds < one.after.seconds
+    sent = [sum(c.bytes for c in phase.after.collectives) for phase in (one, other)]
+    assert sent[1] == pytest.approx(sent[0], rel=0.01)
+
+
 def folded_is_the_whole(folded, whole):
     assert folded.folded == Folded(layers=7, traced=5, period=1) and whole.folded is None
     assert folded.layers == whole.layers
