@@ -245,7 +245,7 @@ class Measurement:
 
             def step(one: Step = self.steps[label]) -> None:
                 one.reset()
-                for phase in one.phases():
+                for phase in one.phases()[:2]:              # the update is not in our graphs, and clipping communicates
                     phase()
 
             found = product.exposed(self.reports[label], step)
