@@ -196,6 +196,7 @@ def test_pieces():
 
 # --- real models -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_rewiring_fault_and_its_script(tmp_path):
     model, inputs = families.tiny("qwen3_moe", jitter=0.1), families.inputs("qwen3_moe")
     with wrong_rewiring():

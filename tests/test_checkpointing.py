@@ -249,7 +249,7 @@ def step_of_a_rank(rank, exchanges):
 
 
 @pytest.mark.parametrize("exchange, connectivity, counts", [
-    ("all_to_all", "farskip", (12, 8)), pytest.param("all_reduce", "none", (4, 8), marks=pytest.mark.slow)])
+    pytest.param("all_to_all", "farskip", (12, 8), marks=pytest.mark.slow), pytest.param("all_reduce", "none", (4, 8), marks=pytest.mark.slow)])
 def test_no_exchange_runs_twice(exchange, connectivity, counts):
     """Launches and waits, of two layers. all_to_all: counts, dispatch, combine; combine and dispatch again for the
     gradients. all_reduce: one sum, of the results; two in the backward, for the tokens and for the weights."""

@@ -129,7 +129,8 @@ def gradients(rank, *, cases):
     pytest.param([Case(1, 2, "none"), Case(1, 2, rows=(1, 7), starved=0)], marks=pytest.mark.slow),
     pytest.param([Case(1, 2, exchange="all_reduce", starved=0)], marks=pytest.mark.slow),
     pytest.param([Case(2, 1)], marks=pytest.mark.slow),
-    [Case(1, 2, inner="inductor", starved=1)]])
+    pytest.param([Case(1, 2, inner="inductor", starved=1)], marks=pytest.mark.slow),
+    [Case(1, 2, inner="aot_eager", starved=1)]])
 def test_gradients_of_the_whole_batch(cases):
     for found in run_ranks(gradients, cases[0].dp * cases[0].ep, cases=cases):
         assert max(found.values()) <= 1e-5, found

@@ -142,6 +142,7 @@ def test_planned_for_ranks_that_are_not_there(config_file):
     views_show_the_reports_figures(reports[0].to_dict())
 
 
+@pytest.mark.slow
 def test_exchanges_in_chunks_hide_without_rewiring(tmp_path):
     """Connectivity "none": the experts of one half run while the other half travels."""
     if dist.is_initialized():

@@ -97,9 +97,9 @@ def test_agreement():
     for how, expected in {
         "connectivity": "graph 0: connectivity is ladder on rank 1, and farskip on rank 0; their collectives are the",
         "a layer fewer": "layers rewired is [0] on rank 1, and [0, 1] on rank 0; collective 3 is missing on rank 1, "
-                         "and all_to_all_single of int64 [4] over ranks [0] on rank 0",
-        "wider": "collective 1 is all_to_all_single of float32 [?, 48] over ranks [1] on rank 1, and all_to_all_single "
-                 "of float32 [?, 32]",
+                         "and all_to_all_single of int64 [2] over ranks [0] on rank 0",
+        "wider": "collective 1 is all_to_all_single of float32 [?, 52] over ranks [1] on rank 1, and all_to_all_single "
+                 "of float32 [?, 36]",
     }.items():
         assert expected in said[how], said[how]
 
