@@ -158,9 +158,7 @@ class _Once:
     def hints(self) -> list[int]:
         """With balanced routing: rows to a rank, rows from a rank, pairs from a rank."""
         count, top_k = (optimization_hint(size, 0) for size in self.expert_ids.shape)
-        experts = self.num_local_experts * self.group.size
-        nowhere = math.comb(experts - self.num_local_experts, top_k) / math.comb(experts, top_k)
-        rows = round(count * (1 - nowhere))
+        rows = round(count * share_of_tokens(self.num_local_experts * self.group.size, self.num_local_experts, top_k))
         return [rows, rows, count * top_k // self.group.size]
 
     def dispatch(self, send: list[int], receive: list[int], pairs: list[int]) -> None:
@@ -172,8 +170,7 @@ class _Once:
         ids = (self.expert_ids % self.num_local_experts)[self.token_of].masked_fill(elsewhere, self.num_local_experts)
         weights = self.weights[self.token_of].masked_fill(elsewhere, 0.0)
         beside = torch.cat([weights, ids.to(weights.dtype)], dim=1)
-        self.rows, beside = travel(self.tokens[self.token_of], beside, receive, send, self.group.name,
-                                   payload=self.options.payload, backward_payload=self.options.backward_payload)
+        self.rows, beside = _travel(self, self.tokens[self.token_of], beside, receive, send)
         self.here = beside[:, :top_k]
         self.ids = beside[:, top_k:].detach().to(torch.int64)
 
@@ -186,10 +183,14 @@ class _Once:
 
     def combine(self, outputs: Tensor) -> Tensor:
         sums = outputs.new_zeros(self.rows.size(0), outputs.size(1)).index_add(0, self.row_of, outputs)
-        back, _ = travel(sums, sums[:, :0], self.send, self.receive, self.group.name, payload=self.options.payload,
-                         backward_payload=self.options.backward_payload)
+        back, _ = _travel(self, sums, sums[:, :0], self.send, self.receive)
         home = back.new_zeros(self.tokens.size(0), back.size(1)).index_add(0, self.token_of, back)
         return home.to(self.tokens.dtype)
+
+
+def share_of_tokens(experts: int, local: int, top_k: int) -> float:
+    """Of all tokens, those that go to a rank with ``local`` of the experts; balanced routing."""
+    return 1 - math.comb(experts - local, top_k) / math.comb(experts, top_k)
 
 
 def _require_whole_numbers(most: int, dtype: torch.dtype) -> None:
@@ -228,7 +229,8 @@ class _Pairs:
 
     def dispatch(self, send: list[int], receive: list[int]) -> None:
         self.send, self.receive = send, receive
-        self.rows, _ = self._travel(self.tokens[self.order // self.expert_ids.size(-1)], receive, send)
+        rows = self.tokens[self.order // self.expert_ids.size(-1)]
+        self.rows, _ = _travel(self, rows, rows[:, :0], receive, send)
 
     def arrived(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows arrive by sender, and within a sender by expert."""
@@ -238,14 +240,15 @@ class _Pairs:
 
     def combine(self, outputs: Tensor) -> Tensor:
         # index_copy undoes the sort; its backward is a gather, where indexing by the inverse would scatter.
-        outputs, _ = self._travel(outputs, self.send, self.receive)
+        outputs, _ = _travel(self, outputs, outputs[:, :0], self.send, self.receive)
         unsorted = outputs.new_empty(self.order.numel(), outputs.size(-1)).index_copy(0, self.order, outputs)
         weighted = unsorted.view(*self.expert_ids.shape, outputs.size(-1)) * self.weights.unsqueeze(-1)
         return weighted.sum(dim=1).to(self.tokens.dtype)
 
-    def _travel(self, rows: Tensor, receive: list[int], send: list[int]) -> tuple[Tensor, Tensor]:
-        return travel(rows, rows[:, :0], receive, send, self.group.name, payload=self.options.payload,
-                      backward_payload=self.options.backward_payload)
+
+def _travel(part: _Once | _Pairs, rows: Tensor, beside: Tensor, receive: list[int], send: list[int]) -> tuple[Tensor, Tensor]:
+    return travel(rows, beside, receive, send, part.group.name, payload=part.options.payload,
+                  backward_payload=part.options.backward_payload)
 
 
 # --- all_reduce ------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ experts live there; ``all_to_all_pairs`` once for each of its experts (``farskip
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from ..exchanges import share_of_tokens
 from .devices import Link
 
 
@@ -15,8 +15,7 @@ def copies(experts: int, top_k: int, ep: int, *, exchange: str = "all_to_all") -
     """Rows that a token becomes on the other ranks, its own left out."""
     if exchange == "all_to_all_pairs":
         return top_k * (ep - 1) / ep
-    here = experts // ep
-    return (ep - 1) * (1 - math.comb(experts - here, top_k) / math.comb(experts, top_k))
+    return (ep - 1) * share_of_tokens(experts, experts // ep, top_k)
 
 
 @dataclass(frozen=True)
