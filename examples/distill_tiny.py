@@ -2,9 +2,10 @@
 
     python examples/distill_tiny.py                                     # all of it with a small teacher: under 10 minutes
     python examples/distill_tiny.py --train-teacher teacher/            # a good teacher, once; about an hour on one core
-    python examples/distill_tiny.py --teacher teacher/ --share 0.2      # refit, and KL on 20 % of the teacher's tokens
+    python examples/distill_tiny.py --teacher teacher/ --share 0.05 0.2 # refit, then KL on 5 % and on 20 % of the teacher's tokens
+    python examples/distill_tiny.py --train-teacher new/ --scratch farskip      # the same training with another connectivity
 
-The teacher is Qwen3-MoE (or, with --family deepseek_v3, a DeepSeek-V3 with latent attention and a shared expert) of 8
+On a GPU where there is one. The teacher is Qwen3-MoE (or, with --family deepseek_v3, a DeepSeek-V3 with latent attention and a shared expert) of 8
 layers and 3.6 M parameters over the bytes of Python's own standard library. Training saves as it goes; the same command
 goes on where it was stopped.
 """
@@ -28,6 +29,7 @@ from farskip_fx.distill import choose, distill, evaluate, hidden_time, make_teac
 
 SEQUENCE, BATCH = 256, 16
 LEARNING_RATE, WARM_UP = 2e-3, 100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 _COMMON = dict(vocab_size=256, hidden_size=128, num_hidden_layers=8, num_attention_heads=4, moe_intermediate_size=128,
                num_experts_per_tok=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None,
@@ -46,13 +48,13 @@ def new_model(family: str = "qwen3_moe", seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="sdpa")
     model.set_experts_implementation("grouped_mm")
-    return model
+    return model.to(DEVICE)
 
 
 def load_model(path: str | Path) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
     model.set_experts_implementation("grouped_mm")
-    return model
+    return model.to(DEVICE)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -69,13 +71,13 @@ def standard_library() -> tuple[torch.Tensor, torch.Tensor]:
 def draw(text: torch.Tensor, seed: int, size: int = BATCH) -> torch.Tensor:
     """A batch of token ids [size, SEQUENCE]; the same seed gives the same batch, whatever was drawn before."""
     starts = torch.randint(0, len(text) - SEQUENCE, (size,), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([text[s:s + SEQUENCE] for s in starts]).long()
+    return torch.stack([text[s:s + SEQUENCE] for s in starts]).long().to(DEVICE)
 
 
 def held_out_batches(text: torch.Tensor, sequences: int = 256) -> list[torch.Tensor]:
     """Evenly spaced sequences of the held-out text, as batches."""
     starts = torch.linspace(0, len(text) - SEQUENCE - 1, sequences).long()
-    return list(torch.stack([text[s:s + SEQUENCE] for s in starts]).long().split(BATCH))
+    return list(torch.stack([text[s:s + SEQUENCE] for s in starts]).long().to(DEVICE).split(BATCH))
 
 
 @torch.no_grad()
@@ -92,11 +94,15 @@ def measure(model: nn.Module, batches: list[torch.Tensor]) -> tuple[float, float
 
 # --- the teacher --------------------------------------------------------------------------------------------------
 
-def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, seed: int = 0, save_every: int = 200) -> None:
-    """AdamW, cosine to zero, BATCH x SEQUENCE bytes a step; the model goes to ``path`` as safetensors."""
+def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, seed: int = 0, save_every: int = 200,
+                  scratch: str = "none") -> None:
+    """AdamW, cosine to zero, BATCH x SEQUENCE bytes a step; the model goes to ``path`` as safetensors. ``scratch``: the
+    connectivity that it is trained with."""
     path.mkdir(parents=True, exist_ok=True)
     text, held_out = standard_library()
     model, held_out = new_model(family, seed).train(), held_out_batches(held_out, 64)
+    if scratch != "none":
+        fs.apply(model, connectivity=scratch, inner="eager")
     weights = [p for p in model.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
@@ -104,9 +110,9 @@ def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, s
     state, first, seconds = path / "training.pt", 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        if (saved["family"], saved["steps"], saved["seed"]) != (family, steps, seed):
-            raise SystemExit(f"{state} is of another run ({saved['family']}, {saved['steps']} steps, seed {saved['seed']}); "
-                             "choose another folder")
+        of = (saved["family"], saved["steps"], saved["seed"], saved.get("scratch", "none"))
+        if of != (family, steps, seed, scratch):
+            raise SystemExit(f"{state} is of another run ({of[0]}, {of[1]} steps, seed {of[2]}, {of[3]}); choose another folder")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds = saved["step"], saved["seconds"]
@@ -131,7 +137,7 @@ def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, s
               flush=True)
         model.save_pretrained(path)
         model.train()
-        saved = dict(family=family, steps=steps, seed=seed, step=step + 1, seconds=seconds, model=model.state_dict(),
+        saved = dict(family=family, steps=steps, seed=seed, scratch=scratch, step=step + 1, seconds=seconds, model=model.state_dict(),
                      optimizer=optimizer.state_dict())
         torch.save(saved, path / "training.pt.new")
         os.replace(path / "training.pt.new", state)      # a run that is stopped while it saves goes on from the save before
@@ -149,15 +155,16 @@ class Rows(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict:
-        return {"input_ids": draw(self.text, self.seed + index, 1)[0]}
+        return {"input_ids": draw(self.text, self.seed + index, 1)[0].cpu()}      # Trainer moves batches itself
 
 
-def recover(path: Path, *, share: float, batches: int, loss: str, connectivity: str, layers: str, batch: int, rate: float,
+def recover(path: Path, *, shares: list[float], batches: int, loss: str, connectivity: str, layers: str, batch: int, rate: float,
             seed: int, inner: str) -> dict:
-    """Original, converted, refitted (``batches`` > 0) and distilled on ``share`` of the teacher's tokens; a table of all."""
+    """Original, converted, refitted (``batches`` > 0), and the refitted one distilled on each of ``shares`` of the teacher's
+    tokens; a table of all."""
     text, held_out = standard_library()
     held_out = [{"input_ids": ids} for ids in held_out_batches(held_out)]
-    model, rows, options = load_model(path), {}, dict(connectivity=connectivity, layers=layers)
+    model, rows, seconds, options = load_model(path), {}, {}, dict(connectivity=connectivity, layers=layers)
     if layers.startswith("auto:"):      # the best accuracy that keeps so much of the hidden time
         found = sensitivity(model, [draw(text, 9_000_000 + i) for i in range(2)])
         choice = choose(found, hidden_time(found), share=float(layers.removeprefix("auto:")))
@@ -166,31 +173,32 @@ def recover(path: Path, *, share: float, batches: int, loss: str, connectivity: 
     original = copy.deepcopy(model)
     teacher = make_teacher("copy", original)
 
-    def row(name: str) -> None:
+    def row(name: str, model: nn.Module) -> None:
         rows[name] = evaluate(model, held_out, teacher=teacher, bytes_a_token=1.0)
 
     def converted(name: str) -> None:
         fs.apply(model, **options, inner="eager")
-        row(name)
+        row(name, model)
         fs.remove(model)
 
-    row("original")
+    row("original", model)
     converted("converted")
     if batches:
-        print(refit(model, [draw(text, 10_000_000 + seed * 1_000 + i) for i in range(batches)], **options))
-        converted("refitted")
-    steps = round(share * teacher_tokens(path) / (batch * SEQUENCE))
-    seconds = 0.0
-    if steps:
-        weights = {"kl": dict(kl=1.0), "ce": dict(kl=0.0, cross_entropy=1.0)}[loss]
         began = time.perf_counter()
-        distill(model, Rows(text, steps * batch, seed), **options, **weights, inner=inner, teacher_model=original,
+        print(refit(model, [draw(text, 10_000_000 + seed * 1_000 + i) for i in range(batches)], **options))
+        seconds["refitted"] = time.perf_counter() - began
+        converted("refitted")
+    for share in filter(None, shares):
+        student, steps = copy.deepcopy(model), round(share * teacher_tokens(path) / (batch * SEQUENCE))
+        weights = {"kl": dict(kl=1.0), "ce": dict(kl=0.0, cross_entropy=1.0)}[loss]
+        began, name = time.perf_counter(), f"{loss.upper()} on {share:.0%}"
+        distill(student, Rows(text, steps * batch, seed), **options, **weights, inner=inner, teacher_model=original,
                 args=TrainingArguments("build/distill_tiny", max_steps=steps, per_device_train_batch_size=batch,
                                        learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20),
                                        adam_beta2=0.98, save_strategy="no", report_to="none", seed=seed, logging_steps=50))
-        seconds = time.perf_counter() - began
-        row({"kl": "distilled", "ce": "trained on"}[loss])
-        print(f"{loss.upper()} on {steps * batch * SEQUENCE / 1e6:.2f} M tokens, {share:.0%} of the teacher's, {seconds:.0f} s")
+        seconds[name] = time.perf_counter() - began
+        row(name, student)
+        print(f"{name} of the teacher's tokens: {steps * batch * SEQUENCE / 1e6:.2f} M, {seconds[name]:.0f} s")
     print_table(rows, Console(width=110))
     loss_of = [r.loss for r in rows.values()]
     if batches:
@@ -210,9 +218,12 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(CONFIGS), default="qwen3_moe")
     parser.add_argument("--steps", type=int, default=2200, help="of the teacher's training (2200)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", default="none", metavar="NAME",
+                        help="with --train-teacher: the connectivity from the first step on (none)")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="convert this teacher, repair it, measure each")
     parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences for the refit; 0: no refit (12)")
-    parser.add_argument("--share", type=float, default=0.2, help="of the teacher's tokens, for the distillation; 0: none (0.2)")
+    parser.add_argument("--share", type=float, nargs="+", default=[0.2],
+                        help="of the teacher's tokens, for a distillation each; 0: none (0.2)")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl", help="ce: plain training, for comparison (kl)")
     parser.add_argument("--connectivity", default="farskip", help="of all converted layers (farskip)")
     parser.add_argument("--layers", default="all", help='"all", "last:0.5", "auto:0.9", ... (all)')
@@ -222,12 +233,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
     if arguments.train_teacher:
-        train_teacher(arguments.train_teacher, family=arguments.family, steps=arguments.steps, seed=arguments.seed)
+        train_teacher(arguments.train_teacher, family=arguments.family, steps=arguments.steps, seed=arguments.seed,
+                      scratch=arguments.scratch)
         return
     if not arguments.teacher:
-        arguments.teacher, arguments.share = Path("build/small_teacher"), max(arguments.share, 0.2)
+        arguments.teacher = Path("build/small_teacher")
         train_teacher(arguments.teacher, family=arguments.family, steps=250, seed=arguments.seed, save_every=50)
-    figures = recover(arguments.teacher, share=arguments.share, batches=arguments.batches, loss=arguments.loss,
+    figures = recover(arguments.teacher, shares=arguments.share, batches=arguments.batches, loss=arguments.loss,
                       connectivity=arguments.connectivity, layers=arguments.layers, batch=arguments.batch, rate=arguments.rate,
                       seed=arguments.seed, inner=arguments.inner)
     if arguments.json:

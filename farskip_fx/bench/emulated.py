@@ -7,6 +7,9 @@ side stream. So order and overlap on the device are real; numbers are those of o
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +32,16 @@ class Link:
 
 
 LINK = Link()
+
+
+@contextmanager
+def slow(rate: float) -> Iterator[None]:
+    """Within it the link takes bytes / ``rate`` seconds for an exchange."""
+    LINK.rate = rate
+    try:
+        yield
+    finally:
+        LINK.rate = None
 
 
 class _Work(dist.Work):

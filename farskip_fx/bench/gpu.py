@@ -1,12 +1,13 @@
 """`make gpu-check`: what can be shown on one NVIDIA GPU, in a few minutes.
 
-    python -m farskip_fx.bench.gpu [--quick] [--json FILE]
+    python -m farskip_fx.bench.gpu [--only numbers order] [--json FILE]
 
 The experts' exchanges run over an emulated link (`emulated.py`): a process group of one rank, on a side stream, as slow as it
 is told to be. Launches, waits, kernels and streams are real; what arrives is what was sent, so all numbers can be checked.
 
 1 numbers   every connectivity under Inductor, float32, forward and gradients, against the eager reference of the bench. The
-            link is slow, so a kernel that reads a received buffer before its wait reads something else.
+            link is slow, so a kernel that reads a received buffer before its wait reads something else. `farskip` once more in
+            two chunks, and over NCCL (a group of one rank).
 2 order     how many kernels stand between a launch and its wait in Inductor's code.
 3 time      bf16, stock Inductor and ours, forward + backward, with the link so slow that the exchanges alone take as long as
             the compute alone (ratio 1), and half as long.
@@ -36,13 +37,24 @@ CONNECTIVITIES = ("none", "farskip", "ladder", "attn_only", "mlp_only")
 SMALL = Shape(layers=3, hidden=256, tokens=512, experts=8, top_k=2, moe_intermediate=256, heads=4, kv_heads=2, head_dim=64)
 LARGE = Shape(layers=6, hidden=2048, tokens=8192, experts=16, top_k=4, moe_intermediate=1024, heads=16, kv_heads=4, head_dim=128,
               vocab=8192)
-VARIANTS = {"stock": None, "rewired_stock": {"connectivity": "farskip", "overlap": False}, "farskip": {"connectivity": "farskip"}}
+# (options of the backend, None: Inductor alone; chunks of an exchange)
+VARIANTS = {"stock": (None, 1), "rewired_stock": ({"connectivity": "farskip", "overlap": False}, 1),
+            "farskip": ({"connectivity": "farskip"}, 1), "exact_chunks": ({"connectivity": "none"}, 2),
+            "farskip_chunks": ({"connectivity": "farskip"}, 2)}
 
 
 def model_of(shape: Shape, device: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     model = build(shape, 0).to(device=device, dtype=dtype)
     ids = torch.randint(shape.vocab, (1, shape.tokens), generator=torch.Generator().manual_seed(1))
     return model, ids.to(device)
+
+
+def exchanging(shape: Shape, dtype: torch.dtype, chunks: int) -> tuple[nn.Module, Tensor]:
+    import farskip_fx as fs
+
+    model, ids = model_of(shape, "cuda", dtype)
+    fs.expert_parallel(model, None, chunks=chunks)
+    return model, ids
 
 
 def compiled(model: nn.Module, options: dict | None) -> Callable:
@@ -63,31 +75,42 @@ def step(call: Callable, model: nn.Module, ids: Tensor) -> Tensor:
 
 # --- 1 numbers ----------------------------------------------------------------------------------------------------
 def numbers(device: str) -> list[dict]:
+    """Largest differences from the eager reference; a connectivity that failed has its error instead."""
     import farskip_fx as fs
 
     model, ids = model_of(SMALL, device, torch.float32)
-    rows = []
     wanted = {}
     for connectivity in CONNECTIVITIES:
         model.zero_grad(set_to_none=True)
         logits = reference_logits(model, ids, connectivity)
         loss_of(logits, ids).backward()
         wanted[connectivity] = logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
-    fs.expert_parallel(model, None)
-    emulated.LINK.rate = 1e9
-    for connectivity in CONNECTIVITIES:
-        call = compiled(model, {"connectivity": connectivity})
+    rows = []
+
+    def add(connectivity: str, how: str) -> None:
+        logits, gradients = wanted[connectivity]
+        row: dict = {"connectivity": connectivity, "how": how}
         try:
-            got = step(call, model, ids)
+            got = step(compiled(model, {"connectivity": connectivity}), model, ids)
+            row.update(max_diff=(got - logits).abs().max().item(),
+                       grad_diff=max(relative_difference(p.grad, gradients[n]) for n, p in model.named_parameters()))
         except Exception as error:      # the next one is worth its own line
             traceback.print_exc()
-            rows.append({"connectivity": connectivity, "error": f"{type(error).__name__}: {error}"[:500]})
-            continue
-        logits, gradients = wanted[connectivity]
-        rows.append({"connectivity": connectivity, "max_diff": (got - logits).abs().max().item(),
-                     "grad_diff": max(relative_difference(p.grad, gradients[n]) for n, p in model.named_parameters())})
-        print(rows[-1], flush=True)
-    emulated.LINK.rate = None
+            row["error"] = f"{type(error).__name__}: {error}"[:500]
+        rows.append(row)
+        print(row, flush=True)
+
+    fs.expert_parallel(model, None)
+    with emulated.slow(1e9):
+        for connectivity in CONNECTIVITIES:
+            add(connectivity, "slow link")
+        model, _ = model_of(SMALL, device, torch.float32)
+        fs.expert_parallel(model, None, chunks=2)
+        add("farskip", "slow link, 2 chunks")
+    if device == "cuda":
+        model, _ = model_of(SMALL, device, torch.float32)
+        fs.expert_parallel(model, dist.new_group(backend="nccl"))
+        add("farskip", "NCCL")
     return rows
 
 
@@ -107,13 +130,14 @@ def kernels_in_flight(source: str) -> list[int]:
     return found
 
 
-def order(model: nn.Module, ids: Tensor, options: dict | None) -> list[list[int]]:
+def order(options: dict | None, chunks: int) -> list[list[int]]:
     """The same for each graph, forward and backward; without caches, which would have no code to show."""
     from torch._inductor.utils import run_and_get_code
 
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
+    model, ids = exchanging(SMALL, torch.float32, chunks)
     call = compiled(model, options)
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         _, sources = run_and_get_code(lambda: step(call, model, ids))
@@ -133,44 +157,44 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(found)
 
 
-def times(shape: Shape, ratios: list[float], rounds: int, trace: Path | None) -> dict:
-    import farskip_fx as fs
+def times(shape: Shape, ratios: list[float], rounds: int, trace: Path | None, keep: Callable[[dict], None]) -> None:
+    """Rows of (ratio, variant); the first is stock Inductor without a delay, from which the link's rate follows."""
     from ..passes.costs import PRESETS
 
-    model, ids = model_of(shape, "cuda", torch.bfloat16)
-    fs.expert_parallel(model, None)
-    result: dict = {"shape": shape.__dict__, "rows": []}
+    model, ids = exchanging(shape, torch.bfloat16, 1)
     call = compiled(model, None)
-    run = {"stock": lambda: step(call, model, ids)}
-    run["stock"](), run["stock"]()
-    compute = seconds(run["stock"], rounds)
+    step(call, model, ids), step(call, model, ids)
+    compute = seconds(lambda: step(call, model, ids), rounds)
     emulated.LINK.carried = 0
-    run["stock"]()
+    step(call, model, ids)
     payload = emulated.LINK.carried
-    result.update(compute_ms=compute * 1e3, payload_mb=payload / 1e6)
-    print(f"stock without a delay {compute * 1e3:.2f} ms a step, {payload / 1e6:.0f} MB of exchanges", flush=True)
+    keep({"variant": "stock without a delay", "compute_ms": compute * 1e3, "payload_mb": payload / 1e6, "shape": shape.__dict__})
     for ratio in ratios:
         rate = payload / (ratio * compute)
         rates = {**PRESETS["h100-nvlink"].__dict__, "link_bytes": rate, "link_latency": 0.0}
-        for name, options in VARIANTS.items():
-            own = compiled(model, None if options is None else {**options, **({"rates": rates} if name == "farskip" else {})})
-            emulated.LINK.rate = None
-            one = lambda: step(own, model, ids)     # noqa: E731
-            one(), one()
-            fast = seconds(one, rounds)
-            emulated.LINK.rate = rate
-            one()
-            slow = seconds(one, rounds)
-            row = {"ratio": ratio, "variant": name, "fast_ms": fast * 1e3, "slow_ms": slow * 1e3}
-            if name != "rewired_stock":
-                row.update(traced(one, trace if name == "farskip" and ratio == ratios[0] else None))
-            result["rows"].append(row)
-            print(row, flush=True)
-            if name == "farskip":
-                print([(s.moved, round(s.before_s * 1e3, 2), round(s.after_s * 1e3, 2), round(s.bound_s * 1e3, 2), s.reason)
-                       for s in fs.last_reports()[-1].schedules], flush=True)
-        emulated.LINK.rate = None
-    return result
+        for name, (options, chunks) in VARIANTS.items():
+            keep({"ratio": ratio, "variant": name,
+                  **timed(name, shape, None if options is None else {**options, "rates": rates}, chunks, rate, rounds,
+                          trace if name == "farskip" and ratio == ratios[0] else None)})
+
+
+def timed(name: str, shape: Shape, options: dict | None, chunks: int, rate: float, rounds: int, trace: Path | None) -> dict:
+    import farskip_fx as fs
+
+    model, ids = exchanging(shape, torch.bfloat16, chunks)
+    own = compiled(model, options)
+    one = lambda: step(own, model, ids)     # noqa: E731
+    one(), one()
+    torch.cuda.reset_peak_memory_stats()
+    row = {"fast_ms": seconds(one, rounds) * 1e3, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
+    with emulated.slow(rate):
+        one()
+        row["slow_ms"] = seconds(one, rounds) * 1e3
+        row.update(traced(one, trace))
+    if options is not None and options.get("overlap", True):
+        row["schedules"] = [{"moved": s.moved, "before_ms": s.before_s * 1e3, "after_ms": s.after_s * 1e3, "bound_ms": s.bound_s * 1e3,
+                             "reason": str(s.reason)} for s in fs.last_reports()[-1].schedules]
+    return row
 
 
 # --- 4 trace ------------------------------------------------------------------------------------------------------
@@ -205,7 +229,8 @@ def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m farskip_fx.bench.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="numbers and order only")
+    parser.add_argument("--only", nargs="+", choices=("numbers", "times", "order"), default=("numbers", "times", "order"),
+                        help="the trace comes with the times (all)")
     parser.add_argument("--ratio", type=float, nargs="+", default=[1.0, 0.5], help="exchanges alone over compute alone")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
@@ -216,18 +241,28 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     emulated.init()
-    result = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    result: dict = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+                    "numbers": [], "times": [], "kernels_in_flight": {}}
+
+    def kept() -> None:     # whatever comes next may fail
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1))
+
+    def keep(row: dict) -> None:
+        result["times"].append(row)
+        print(row, flush=True)
+        kept()
+
     print(result, flush=True)
-    result["numbers"] = numbers("cuda")
-    model, ids = model_of(SMALL, "cuda", torch.float32)
-    import farskip_fx as fs
-    fs.expert_parallel(model, None)
-    result["kernels_in_flight"] = {name: order(model, ids, options) for name, options in VARIANTS.items()}
-    print(result["kernels_in_flight"], flush=True)
-    if not given.quick:
-        result["times"] = times(LARGE, given.ratio, given.rounds, given.trace)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1))
+    if "numbers" in given.only:
+        result["numbers"] = numbers("cuda")
+        kept()
+    if "times" in given.only:
+        times(LARGE, given.ratio, given.rounds, given.trace, keep)
+    for name, (options, chunks) in VARIANTS.items() if "order" in given.only else ():
+        result["kernels_in_flight"][name] = order(options, chunks)
+        print(name, result["kernels_in_flight"][name], flush=True)
+    kept()
     wrong = [row for row in result["numbers"] if "error" in row or row["max_diff"] > 1e-4 or row["grad_diff"] > 1e-4]
     dist.destroy_process_group()
     print("gpu-check:", f"WRONG: {wrong}" if wrong else "numbers agree")
