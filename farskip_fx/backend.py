@@ -1,6 +1,6 @@
 """The backend: the whole pipeline on one screen.
 
-    Dynamo graph -> inline checkpoints -> normalize -> residual stream -> blocks -> rewire -> means of gradients
+    Dynamo graph -> inline checkpoints -> skip causal masks -> normalize -> residual stream -> blocks -> rewire -> means of gradients
                  -> inner compiler
     (inner="inductor": its post-grad graphs, forward and backward -> schedule -> fence)
 
@@ -25,6 +25,7 @@ from .config import FarskipConfig, merge
 from .connectivity import DENSE, ask
 from .data_parallel import average_gradients
 from .errors import ConfigError, FarskipWarning, NoMoEError, RefusedError, SplitModelError, WrongConnectivityError
+from .passes.causal import skip_causal_masks
 from .passes.checkpointing import inline_checkpoints
 from .passes.dataflow import op_name
 from .passes.describe import describe
@@ -66,6 +67,8 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
     if config.names or config.overlap and config.inner != "eager":      # without overlap exchanges may run twice
         with _timed(report, "checkpointing"):
             report.checkpoints = inline_checkpoints(gm, gradients=torch.is_grad_enabled())
+    if config.causal_attention:
+        report.causal = skip_causal_masks(gm.graph).calls
     if config.names:
         rewire_graph(gm, config, report, where, shown.graph)
     if config.data_parallel is not None:

@@ -40,6 +40,8 @@ class FarskipConfig:
             such layers stay as they are, with one warning.
         attention_parts: with ``overlap``, fused attention of a rewired layer runs in so many calls over groups of heads,
             so that it can cover two exchanges; 1 leaves it whole. The numbers are the same.
+        causal_attention: attention whose mask is causal whatever the inputs runs as causal attention, half the work. What
+            transformers does from torch 2.14 on; the numbers are the same but for rounding. False: as traced.
         data_parallel: average gradients inside the compiled backward: what ``farskip_fx.data_parallel(model, group)``
             returns. ``apply`` also takes the group itself (a DeviceMesh or a process group).
         rates: figures of device and link for the schedule; must be equal on all ranks. None: generic ones.
@@ -56,6 +58,7 @@ class FarskipConfig:
     inner: str = "inductor"
     strict: bool = True
     attention_parts: int = 2
+    causal_attention: bool = True
     data_parallel: DataParallel | None = None
     rates: Rates | None = None
     payload: str = ""
@@ -71,7 +74,7 @@ class FarskipConfig:
         _one_of("inner", self.inner, _INNER)
         for name in _PAYLOADS:
             _one_of(name, getattr(self, name), ("", *PAYLOADS))
-        for name in ("overlap", "strict"):
+        for name in ("overlap", "strict", "causal_attention"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.attention_parts, int) or self.attention_parts < 1:

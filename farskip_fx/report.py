@@ -71,6 +71,7 @@ class Report:
     unchanged: Reason | None = None
     checkpoints: Inlined | None = None
     functionalized: int = 0
+    causal: int = 0                 # attention calls that lost a causal mask
     split: int = 0                  # attention calls that run in parts
     buckets: int = 0                # of gradients that are averaged
     collectives: tuple[Collective, ...] = ()        # of the Dynamo graph, see agreement.py
@@ -124,7 +125,7 @@ class Report:
             "phases": [dataclasses.asdict(phase) for phase in self.phases],
             "folded": None if self.folded is None else dataclasses.asdict(self.folded),
             "counts": {"operations": self.nodes, "added": self.rewired.nodes_added if self.rewired else 0,
-                       "functionalized": self.functionalized, "attention_split": self.split, "buckets": self.buckets},
+                       "functionalized": self.functionalized, "causal_attention": self.causal, "attention_split": self.split, "buckets": self.buckets},
             "seconds": dict(self.seconds),
             "errors": [f"{type(e).__name__}: {e}" for e in self.errors],
         })

@@ -45,6 +45,13 @@ def ignored_in_graphs(*functions):
 COMPILED_APART = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
+# --- constants of a graph: passes/causal.py ----------------------------------------------------------------------
+def real_tensors():
+    """A context in which operations make real tensors although a fake mode is on (2.1)."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    return unset_fake_temporarily()
+
+
 # --- inner compilers: farskip_fx/inner.py ------------------------------------------------------------------------
 def compile_fx(gm, example_inputs, *, config_patches):
     """Inductor (2.0). Imported late: importing Inductor takes a second, and ``inner="eager"`` does not need it."""

@@ -103,7 +103,8 @@ def written_arguments(node: Node) -> list[Node]:
             written += [first] if first is not None else []
         else:
             name = getattr(target, "__name__", "")
-            inplace = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+            inplace = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"   # and_
+            inplace = inplace or node.kwargs.get("inplace") is True
             written += [first] if inplace and first is not None else []
             if "triton_kernel_wrapper_mutation" in str(target):
                 written += node.all_input_nodes

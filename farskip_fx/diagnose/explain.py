@@ -26,6 +26,7 @@ from ..convert import converted_of, decoder_of, in_one_graph, settings_of
 from ..data_parallel import average_gradients
 from ..errors import FarskipWarning, NoMoEError, RefusedError
 from ..passes._torch import COMPILED_APART, lowered
+from ..passes.causal import skip_causal_masks
 from ..passes.checkpointing import inline_checkpoints
 from ..passes.costs import Rates
 from ..passes.describe import Found, describe
@@ -159,6 +160,8 @@ class _Tracer:
         lenient = dataclasses.replace(self.config, strict=False)
         report = Report(graph=self.name, config=lenient, nodes=len(gm.graph.nodes))
         report.checkpoints = inline_checkpoints(gm, gradients=self.gradients)
+        if lenient.causal_attention:        # in both graphs: what is compared is the connectivity
+            report.causal = skip_causal_masks(gm.graph).calls
         report.found = _mark(gm)
         before = copy.deepcopy(gm)
         if lenient.names:

@@ -280,7 +280,7 @@ def _spelled(name: str):
 
 def _options(config: FarskipConfig) -> dict:
     kept = config.to_dict()
-    return {key: kept[key] for key in ("overlap", "inner", "strict", "attention_parts", "rates")}
+    return {key: kept[key] for key in ("overlap", "inner", "strict", "attention_parts", "causal_attention", "rates")}
 
 
 def _comment(text: str) -> str:
