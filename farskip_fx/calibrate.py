@@ -65,13 +65,17 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
 
 def calibrate_for(model: nn.Module) -> Rates:
     """``calibrate`` at the sizes of ``model``, over the ranks that its experts are split over."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     experts = next((g for p in model.parameters() if (g := getattr(p, "_farskip_expert_group", None)) is not None), None)
+    return calibrate(None if experts is None else process_group(experts.group.name), **sizes_of(model))
+
+
+def sizes_of(model: nn.Module) -> dict:
+    """What ``calibrate`` wants to know of a model."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return calibrate(None if experts is None else process_group(experts.group.name), dtype=weight.dtype,
-                     device=None if weight.is_meta else weight.device, hidden=getattr(config, "hidden_size", 1024),
-                     head_dim=getattr(config, "head_dim", None) or 64)
+    return {"dtype": weight.dtype, "device": None if weight.is_meta else weight.device,
+            "hidden": getattr(config, "hidden_size", 1024), "head_dim": getattr(config, "head_dim", None) or 64}
 
 
 # --- the device --------------------------------------------------------------------------------------------------

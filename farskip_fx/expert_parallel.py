@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,9 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .calibrate import calibrate, sizes_of
+from .chunks import chunks_for
 from .collectives import all_gather
 from .exchanges import EXCHANGES, ExpertGroup, Options, all_to_all_experts
 from .passes._torch import timeout_of
+from .passes.costs import Rates
 from .payload import PAYLOADS
 from .replicated import ReplicateRows, TakeOwnRows
 from .sharding import dense_shards
@@ -86,7 +90,8 @@ class ExpertShard:
 
 
 def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | None = None, *, exchange: str = "all_to_all",
-                    chunks: int = 1, payload: str | None = None, backward_payload: str | None = None):
+                    chunks: int | Literal["auto"] = 1, payload: str | None = None, backward_payload: str | None = None,
+                    rates: Rates | None = None):
     """Shards the experts of `model` over `group`, in place, and returns it.
 
     Every rank of `group` calls this with the same full model (same weights). Each keeps a contiguous slice of every
@@ -100,10 +105,12 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
         exchange: each rank has its own tokens: `"all_to_all"`; `"all_to_all_pairs"`, where a token travels once for each of
             its experts; or `"all_gather"`, without counts, for equally many tokens on each rank. All ranks have the same
             tokens: `"all_reduce"`. See exchanges.py.
-        chunks: cut the tokens into so many parts, so that experts of one run while another travels. The same numbers.
+        chunks: cut the tokens into so many parts, so that experts of one run while another travels. The same numbers. "auto": two
+            where the exchanges take at least half of the experts' time by ``rates`` (``farskip_fx/chunks.py``), else one.
         payload: `"int8"` or `"fp8"`: rows travel rounded to a byte a value. Not the same numbers. `""`: as they are. None:
             as the model's conversion or checkpoint says (`config.farskip`), else as they are.
         backward_payload: likewise for gradients of rows.
+        rates: of device and link, equal on all ranks, for chunks="auto"; None: `farskip_fx.calibrate(group)`, 20 seconds once.
 
     Raises:
         ValueError: unknown exchange or option; a mesh of several dimensions; a rank outside the group; no experts found; experts
@@ -124,11 +131,14 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
     for name, module in modules.items():  # all checks first: a refusal must leave the model whole on every rank
         _check_experts(name, module, parent.size(), exchange)
     own = _exchange_group(parent)
+    if chunks == "auto" and rates is None:
+        rates = calibrate(parent, **sizes_of(model))
 
     configs: dict[int, object] = {}
     shared: dict[int, nn.Parameter] = {}
     for module in modules.values():
-        _shard(module, ExpertGroup(own.group_name, own.size(), own.rank()), exchange, options, configs, shared)
+        chosen = dataclasses.replace(options, chunks=chunks_for(module, own.size(), rates)) if chunks == "auto" else options
+        _shard(module, ExpertGroup(own.group_name, own.size(), own.rank()), exchange, chosen, configs, shared)
     _ignore_in_ddp(model, list(expert_parameters(model)))
     return model
 
@@ -152,9 +162,10 @@ def _as_recorded(model: nn.Module, given: dict[str, str | None]) -> dict[str, st
     return {name: saved.get(name, "") for name in given}
 
 
-def _options(exchange: str, chunks: int, payloads: dict[str, str]) -> Options:
+def _options(exchange: str, chunks: int | str, payloads: dict[str, str]) -> Options:
+    chunks = 1 if chunks == "auto" else chunks
     if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
-        raise ValueError(f"chunks must be a whole number of at least 1, got {chunks!r}")
+        raise ValueError(f"chunks must be 'auto' or a whole number of at least 1, got {chunks!r}")
     for name, value in payloads.items():
         if value and value not in PAYLOADS:
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, ('', *PAYLOADS)))}")

@@ -517,13 +517,26 @@ def test_unknown_exchange(fake_world):
 
 
 @pytest.mark.parametrize("options, reason", [
-    ({"chunks": 0}, "chunks must be a whole number of at least 1, got 0"),
+    ({"chunks": 0}, "chunks must be .auto. or a whole number of at least 1, got 0"),
     ({"payload": "int4"}, "payload='int4' is unknown: use one of '', 'int8', 'fp8'"),
     ({"payload": "int8", "exchange": "all_reduce"}, "exchange='all_reduce' sums on its way"),
 ])
 def test_options_that_are_refused(fake_world, options, reason):
     with pytest.raises(ValueError, match=reason):
         expert_parallel(tiny("qwen3_moe"), **options)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("link_bytes, chunks", [(1e6, 2), (1e12, 1)])
+def test_chunks_where_they_pay(family, link_bytes, chunks):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = expert_parallel(tiny(family), chunks="auto", rates=fs.Rates(link_bytes=link_bytes))
+        assert {p._farskip_expert_group.options.chunks for p in expert_parameters(model).values()} == {chunks}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_payload_is_part_of_the_conversion():
