@@ -35,6 +35,7 @@ def test_two_ranks(tmp_path):
     assert "2 of 2 layers rewired" in out and "backward:" in out and "loss" in out
 
 
+@pytest.mark.slow       # with restarts, over two nodes: test_multi_node.py
 def test_train_ep():
     out = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
               str(EXAMPLES / "train_ep.py"), "--steps", "20", "--accumulate", "2", "--inner", "eager", "--ep", "2")
