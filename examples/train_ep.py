@@ -5,7 +5,7 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/train_ep.py --experts 16
 
 With --checkpoints FOLDER, which all ranks see, a run goes on from the last one, also when torchrun --max-restarts starts it again
-(examples/multi_node: for Slurm, for Kubernetes, and two nodes on one machine).
+(with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1; examples/multi_node says why, and is for Slurm, Kubernetes, two nodes on one machine).
 
 The text is the source of Python's standard library, a byte a token: nothing is downloaded.
 """
