@@ -90,14 +90,16 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     return unfold(report, how) if isinstance(how, Folded) else report
 
 
-def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, **inputs) -> tuple[list[GraphModule], Folded | None]:
+def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, causal: bool = False,
+              **inputs) -> tuple[list[GraphModule], Folded | None]:
     """The decoder of ``model`` as it is, as the graphs that Inductor would get, forward first; their nodes know their place.
+    ``causal``: without masks that are causal whatever the inputs, as our backend compiles it.
 
     Raises:
         RefusedError: the graph breaks.
         NoMoEError: the call did not reach a decoder.
     """
-    owner, tracer = _owner(model), _Lowerer()
+    owner, tracer = _owner(model), _Lowerer(causal)
     with (folded(owner) if fold else nullcontext()) as how, _traced(owner, owner.forward, tracer):
         try:
             with torch.set_grad_enabled(gradients):
@@ -209,7 +211,12 @@ class _Lowerer:
     """Takes the first graph, and lowers it as it is."""
     report: list[GraphModule] | None = None
 
+    def __init__(self, causal: bool = False) -> None:
+        self.causal = causal
+
     def __call__(self, gm: GraphModule, example_inputs: list) -> Callable:
+        if self.causal:
+            skip_causal_masks(gm.graph)
         _mark(gm)
         self.report = lowered(gm, example_inputs)
         raise _Traced

@@ -77,12 +77,13 @@ class Traced:
 
 
 def trace(source: str | Path, *, tokens: int, context: int | None = None, training: bool, ep: int = TRACED_EP,
-          attention: str | None = ATTENTION) -> Traced:
+          attention: str | None = ATTENTION, causal: bool = False) -> Traced:
     """
     Args:
         tokens: of a rank in one step, sequences of ``context``.
         ep: ranks to trace with, at most.
         attention: the kernel; None: the one of this CPU.
+        causal: without masks that are causal whatever the inputs, as our backend compiles it.
 
     Raises:
         ConfigError: ``source`` is unknown, has no experts, or more ranks than experts.
@@ -98,7 +99,7 @@ def trace(source: str | Path, *, tokens: int, context: int | None = None, traini
         with ranks_for(ep):
             model, inputs = planned(path, tokens=context, batch=tokens // context, training=training, ep=ep,
                                     attention=attention)
-            graphs, folded = graphs_of(model, gradients=training, **inputs)
+            graphs, folded = graphs_of(model, gradients=training, causal=causal, **inputs)
     config = model.config.get_text_config()
     split = [m for m in model.modules() if getattr(m, "_farskip_experts", None) is not None]
     expert = sum(getattr(m, name).numel() for m in split for name in m._farskip_experts.parameters) * ep

@@ -68,22 +68,24 @@ def _rows(name: str, mode: str, result: Mapping) -> Iterator[Row]:
     if result["ranks_on_a_core"] > 1:
         print(f"{name}, {mode}: several ranks shared a core, so times mean nothing there; left out", file=sys.stderr)
         return
-    traced = trace_shape(Shape(**result["shape"]), training=mode != "forward", ep=result["ep"])
+    traced = {variant: trace_shape(Shape(**result["shape"]), training=mode != "forward", ep=result["ep"], causal=variant != "stock")
+              for variant in MEASURED}
     for point in result["curve"]:
-        at = predict(traced, _rates(result, point), result["ep"], result["dp"], mode)
-        predicted = {v.name: v.step_s for v in at.variants}
         for variant in point["variants"]:
-            if variant["name"] in MEASURED:
+            if (model := traced.get(variant["name"])) is not None:
+                at = predict(model, _rates(result, point), result["ep"], result["dp"], mode)
+                predicted = {v.name: v.step_s for v in at.variants}
                 yield Row(name, mode, point["ratio"], variant["name"], variant["slow_ms"] / 1e3,
                           predicted[MEASURED[variant["name"]]])
 
 
-def trace_shape(shape: Shape, *, training: bool, ep: int) -> Traced:
+def trace_shape(shape: Shape, *, training: bool, ep: int, causal: bool) -> Traced:
+    """``causal``: as our backend compiles it; stock Inductor keeps the mask until torch 2.14."""
     with tempfile.TemporaryDirectory(prefix="farskip-") as folder:
         config = config_of(shape)
         config.dtype = "float32"
         config.save_pretrained(folder)
-        return trace(folder, tokens=shape.tokens, training=training, ep=ep, attention=None)
+        return trace(folder, tokens=shape.tokens, training=training, ep=ep, attention=None, causal=causal)
 
 
 def predict(traced: Traced, rates: Rates, ep: int, dp: int, mode: str) -> Point:
