@@ -59,7 +59,8 @@ def main(given):
         state = farskip_fx.load_checkpoint(last[0], model, optimizer)
         first = state["step"]
         schedule.load_state_dict(state["extra"])
-        print(f"rank {rank} goes on after step {first}", flush=True)
+        if rank == 0:
+            print(f"goes on after step {first}", flush=True)
     for step in range(first, given.steps):
         mine = batch(data, step, given.rows, given.length).chunk(world)[rank].to(device)
         total = torch.zeros((), device=device)

@@ -111,8 +111,8 @@ def test_assisted():
 
 # --- generate compiles ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [{}, {"backend": "aot_eager", "mode": None}, {"backend": "farskip", "mode": None}],
-                         ids=["default", "aot_eager", "farskip"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"backend": "aot_eager", "mode": None}, marks=pytest.mark.slow),
+                                     {"backend": "farskip", "mode": None}], ids=["default", "aot_eager", "farskip"])
 @pytest.mark.parametrize("chunk", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_converted_model_is_not_compiled_again(options, chunk):
     got = applied().generate(IDS, cache_implementation="static", compile_config=compile_config(**options),

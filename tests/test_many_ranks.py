@@ -76,7 +76,7 @@ def random_programs(rank: int, count: int) -> dict:
     return {"moved": moved}
 
 
-@pytest.mark.parametrize("world, count", [(4, 6), pytest.param(8, 100, marks=pytest.mark.slow),
+@pytest.mark.parametrize("world, count", [(4, 3), pytest.param(8, 100, marks=pytest.mark.slow),
                                           pytest.param(16, 100, marks=pytest.mark.slow)])
 def test_random_programs(world, count):
     found = run_ranks(random_programs, world_size=world, timeout=500, count=count)

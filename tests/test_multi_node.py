@@ -102,7 +102,7 @@ def test_a_killed_worker(launcher, tmp_path):
     """All workers start again, from the checkpoint; the steps since then have the losses that they had without a restart."""
     lines = run(launcher, tmp_path / "run", killed=KILLED_AT)
     again = [number for number, line in enumerate(lines) if "goes on after step" in line]
-    assert sorted(lines[n] for n in again) == [f"rank {r} goes on after step {SAVED_AT}" for r in (0, 1)]
+    assert [lines[n] for n in again] == [f"goes on after step {SAVED_AT}"]
     before, after = losses(lines[:again[0]]), losses(lines[again[0]:])
     assert list(before) == list(range(1, len(before) + 1)) and KILLED_AT <= len(before) < STEPS
     assert list(after) == list(range(SAVED_AT + 1, STEPS + 1))

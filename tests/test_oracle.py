@@ -71,7 +71,12 @@ def test_connectivities_differ_where_they_must(family):
         assert torch.equal(outcomes["farskip"], outcomes["ladder"]) == partial_is_outdated
 
 
-@pytest.mark.parametrize("family", O.DEFINED)
+def some(families):
+    """Every fourth in CI: what is tested here is the oracle, whose code is common to all."""
+    return [family if i % 4 == 0 else pytest.param(family, marks=pytest.mark.slow) for i, family in enumerate(sorted(families))]
+
+
+@pytest.mark.parametrize("family", some(O.DEFINED))
 def test_first_converted_layer_keeps_its_attention(family):
     """With one converted layer nothing lies in front of it: attention reads R, only the MLP reads differently."""
     last = len(O.layer_kinds(family, tiny(family))) - 1
@@ -119,7 +124,7 @@ def test_the_ready_part_is_all_but_the_experts(family):
 
 
 # An encoder refuses to be called with a cache.
-@pytest.mark.parametrize("family", sorted(set(O.DEFINED) - {"switch_transformers"}))
+@pytest.mark.parametrize("family", some(set(O.DEFINED) - {"switch_transformers"}))
 @torch.no_grad()
 def test_the_cache_of_the_recording_run_is_not_attended(family):
     inputs = dict(families.inputs(family), use_cache=True)

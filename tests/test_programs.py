@@ -51,7 +51,7 @@ def converted_of(choose, spec):
     return tuple(k for k in range(count) if choose([True, False])) or (count - 1,)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow if i % 2 else ()) for i in range(1, PARTS))])
 def test_general_programs(part):
     @seed(part)
     @settings(max_examples=PROGRAMS // PARTS, **_settings)

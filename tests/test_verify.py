@@ -14,7 +14,7 @@ def converted(family, **options):
     return fs.apply(families.tiny(family, jitter=0.1), **{"inner": "aot_eager", **options}), families.inputs(family)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "doge", "cohere2_moe", "flex_olmo"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "doge", *(pytest.param(f, marks=pytest.mark.slow) for f in ("cohere2_moe", "flex_olmo"))])
 @pytest.mark.parametrize("connectivity", ["farskip", pytest.param("ladder", marks=pytest.mark.slow)])
 def test_a_right_model_agrees(family, connectivity):
     model, inputs = converted(family, connectivity=connectivity)
