@@ -324,11 +324,13 @@ def test_the_design_documents_shape():
 
 
 def test_hidden():
-    assert hidden(900.0, 1900.0, 900.0) == 1.0
-    assert hidden(900.0, 1900.0, 1900.0) == 0.0
-    assert hidden(900.0, 1900.0, 1150.0) == 0.75
-    assert hidden(900.0, 1900.0, 1150.0, beyond_reach=250.0) == 1.0
-    assert hidden(900.0, 905.0, 890.0) is None          # loopback: nothing to hide
+    stock = 900.0, 1900.0
+    assert hidden(stock, (900.0, 900.0)) == 1.0
+    assert hidden(stock, (900.0, 1900.0)) == 0.0
+    assert hidden(stock, (900.0, 1150.0)) == 0.75
+    assert hidden(stock, (600.0, 850.0)) == 0.75        # compute that ours saves is not hidden communication
+    assert hidden(stock, (900.0, 1150.0), beyond_reach=250.0) == 1.0
+    assert hidden((900.0, 905.0), (880.0, 890.0)) is None           # loopback: nothing to hide
 
 
 def test_exchanges_are_named_by_their_place():

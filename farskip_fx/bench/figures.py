@@ -67,17 +67,18 @@ def limit(compute: float, comm: float) -> float:
     return max(compute, comm)
 
 
-def hidden(stock_fast: float, stock_slow: float, ours_slow: float, beyond_reach: float = 0.0) -> float | None:
-    """The part of what the slow link costs stock that ours does not pay.
+def hidden(stock: tuple[float, float], ours: tuple[float, float], beyond_reach: float = 0.0) -> float | None:
+    """The part of what the slow link costs stock that it does not cost ours; each is (fast link, slow link), so that compute
+    that ours saves does not count as hidden.
 
     ``beyond_reach`` is taken off first: the exchanges at the ends and the last mean, which no order hides; or all that the
-    bound of the connectivity has above ``stock_fast``. None when the slow link costs stock nothing, as on loopback: then
+    bound of the connectivity has above the fast link. None when the slow link costs stock nothing, as on loopback: then
     there is nothing to hide, and a ratio of noise would say nothing.
     """
-    cost = stock_slow - stock_fast - beyond_reach
-    if cost <= 0.05 * stock_fast:
+    cost = stock[1] - stock[0]
+    if cost - beyond_reach <= 0.05 * stock[0]:
         return None
-    return (stock_slow - ours_slow) / cost
+    return (cost - (ours[1] - ours[0])) / (cost - beyond_reach)
 
 
 @dataclass(frozen=True)

@@ -313,10 +313,10 @@ class Measurement:
         }
         if "farskip" in by_name:
             stock, ours = by_name["stock"], by_name["farskip"]
-            costs = (stock["fast_ms"], stock["slow_ms"], ours["slow_ms"])
+            costs = tuple((one["fast_ms"], one["slow_ms"]) for one in (stock, ours))
             result["hidden"] = hidden(*costs)
             result["hidden_inner"] = hidden(*costs, beyond_reach=ms(ends))
-            result["hidden_of_possible"] = hidden(*costs, beyond_reach=result["bound_ms"] - stock["fast_ms"])
+            result["hidden_of_possible"] = hidden(*costs, beyond_reach=result["bound_ms"] - ours["fast_ms"])
             result["over_bound"] = ours["slow_ms"] / result["bound_ms"] - 1
         return result
 
