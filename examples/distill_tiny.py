@@ -5,9 +5,9 @@
     python examples/distill_tiny.py --teacher teacher/ --share 0.05 0.2 # refit, then KL on 5 % and on 20 % of the teacher's tokens
     python examples/distill_tiny.py --train-teacher new/ --scratch farskip      # the same training with another connectivity
 
-On a GPU where there is one. The teacher is Qwen3-MoE (or, with --family deepseek_v3, a DeepSeek-V3 with latent attention and a shared expert) of 8
-layers and 3.6 M parameters over the bytes of Python's own standard library. Training saves as it goes; the same command
-goes on where it was stopped.
+On a GPU where there is one. The teacher is Qwen3-MoE (or, with --family deepseek_v3, a DeepSeek-V3 with latent attention and a
+shared expert) of 8 layers and 3.6 M parameters over the bytes of Python's own standard library. Training saves as it goes; the
+same command goes on where it was stopped.
 """
 import argparse
 import copy
@@ -71,7 +71,7 @@ def standard_library() -> tuple[torch.Tensor, torch.Tensor]:
 def draw(text: torch.Tensor, seed: int, size: int = BATCH) -> torch.Tensor:
     """A batch of token ids [size, SEQUENCE]; the same seed gives the same batch, whatever was drawn before."""
     starts = torch.randint(0, len(text) - SEQUENCE, (size,), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([text[s:s + SEQUENCE] for s in starts]).long().to(DEVICE)
+    return torch.stack([text[s:s + SEQUENCE] for s in starts]).long()
 
 
 def held_out_batches(text: torch.Tensor, sequences: int = 256) -> list[torch.Tensor]:
@@ -122,7 +122,7 @@ def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, s
         rate = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        ids = draw(text, seed * 1_000_003 + step)
+        ids = draw(text, seed * 1_000_003 + step).to(DEVICE)
         loss = model(input_ids=ids, labels=ids, use_cache=False, **aux).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -137,8 +137,8 @@ def train_teacher(path: Path, *, family: str = "qwen3_moe", steps: int = 2200, s
               flush=True)
         model.save_pretrained(path)
         model.train()
-        saved = dict(family=family, steps=steps, seed=seed, scratch=scratch, step=step + 1, seconds=seconds, model=model.state_dict(),
-                     optimizer=optimizer.state_dict())
+        saved = dict(family=family, steps=steps, seed=seed, scratch=scratch, step=step + 1, seconds=seconds,
+                     model=model.state_dict(), optimizer=optimizer.state_dict())
         torch.save(saved, path / "training.pt.new")
         os.replace(path / "training.pt.new", state)      # a run that is stopped while it saves goes on from the save before
 
@@ -155,7 +155,7 @@ class Rows(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict:
-        return {"input_ids": draw(self.text, self.seed + index, 1)[0].cpu()}      # Trainer moves batches itself
+        return {"input_ids": draw(self.text, self.seed + index, 1)[0]}
 
 
 def recover(path: Path, *, shares: list[float], batches: int, loss: str, connectivity: str, layers: str, batch: int, rate: float,
@@ -185,7 +185,7 @@ def recover(path: Path, *, shares: list[float], batches: int, loss: str, connect
     converted("converted")
     if batches:
         began = time.perf_counter()
-        print(refit(model, [draw(text, 10_000_000 + seed * 1_000 + i) for i in range(batches)], **options))
+        print(refit(model, [draw(text, 10_000_000 + seed * 1_000 + i).to(DEVICE) for i in range(batches)], **options))
         seconds["refitted"] = time.perf_counter() - began
         converted("refitted")
     for share in filter(None, shares):

@@ -1,7 +1,7 @@
 """The backend: the whole pipeline on one screen.
 
-    Dynamo graph -> inline checkpoints -> skip causal masks -> normalize -> residual stream -> blocks -> rewire -> means of gradients
-                 -> inner compiler
+    Dynamo graph -> inline checkpoints -> skip causal masks -> normalize -> residual stream -> blocks -> rewire
+                 -> means of gradients -> inner compiler
     (inner="inductor": its post-grad graphs, forward and backward -> schedule -> fence)
 
 ``torch.compile(model, backend=farskip_fx.farskip_backend, options={...})``; options are the fields of FarskipConfig.

@@ -18,10 +18,12 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_
 
 def chunks_for(experts: nn.Module, ranks: int, rates: Rates) -> int:
     """1, or 2 where it pays, for a module of transformers' experts interface that is not sharded yet."""
-    top_k = next((k for name in _TOP_K if isinstance(k := getattr(experts.config, name, None), int)), 1)
     weights = [p for p in experts.parameters() if p.dim() == 3]
+    if not weights:
+        return 1
+    top_k = next((k for name in _TOP_K if isinstance(k := getattr(experts.config, name, None), int)), 1)
     local = experts.num_experts // ranks
     rows = (ranks - 1) * share_of_tokens(experts.num_experts, local, min(top_k, experts.num_experts))      # that leave, of a token
-    exchanges = 2 * rows * experts.config.hidden_size * weights[0].element_size() / rates.link_bytes if weights else 0.0
+    exchanges = 2 * rows * experts.config.hidden_size * weights[0].element_size() / rates.link_bytes
     compute = 2 * top_k * sum(p.numel() for p in weights) / experts.num_experts / rates.matmul_flops
-    return 2 if exchanges >= PAYS_FROM * compute and exchanges > 0 else 1
+    return 2 if exchanges >= PAYS_FROM * compute else 1

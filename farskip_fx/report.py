@@ -125,7 +125,8 @@ class Report:
             "phases": [dataclasses.asdict(phase) for phase in self.phases],
             "folded": None if self.folded is None else dataclasses.asdict(self.folded),
             "counts": {"operations": self.nodes, "added": self.rewired.nodes_added if self.rewired else 0,
-                       "functionalized": self.functionalized, "causal_attention": self.causal, "attention_split": self.split, "buckets": self.buckets},
+                       "functionalized": self.functionalized, "causal_attention": self.causal,
+                       "attention_split": self.split, "buckets": self.buckets},
             "seconds": dict(self.seconds),
             "errors": [f"{type(e).__name__}: {e}" for e in self.errors],
         })

@@ -11,15 +11,14 @@ Before, a compiled model computes both halves of the attention and throws one aw
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from ._torch import real_tensors
+from .attention import attention_arguments, attention_calls
 from .dataflow import op_name, storages_of, value_of, written_arguments
 
 # Deterministic, without side effects, and what a mask is made of.
@@ -40,42 +39,25 @@ class Causal:
 
 def skip_causal_masks(graph: Graph) -> Causal:
     """Take the mask from every attention call whose mask is known to be causal, or to hide nothing."""
-    calls = [node for node in graph.nodes if node.target is F.scaled_dot_product_attention]
+    calls = attention_calls(graph)
     written = {s for node in graph.nodes for w in written_arguments(node) for s in storages_of(w)} if calls else set()
     kinds: dict[Node, bool | None] = {}     # of masks: is_causal, None for one that stays
     done = 0
     for node in calls:
-        call = _Call.of(node)
-        if not isinstance(call.mask, Node) or call.is_causal or call.dropout:
+        given = attention_arguments(node)
+        mask = given.pop("attn_mask", None)
+        if not isinstance(mask, Node) or given.get("is_causal", False) or given.get("dropout_p", 0.0):
             continue
-        if call.mask not in kinds:
-            kinds[call.mask] = _is_causal(call.mask, written)
-        if (kind := kinds[call.mask]) is not None:
-            call.without_mask(is_causal=kind)
+        if mask not in kinds:
+            kinds[mask] = _is_causal(mask, written)
+        if (kind := kinds[mask]) is not None:
+            node.args, node.kwargs = tuple(given.pop(name) for name in ("query", "key", "value")), {**given, "is_causal": kind}
             done += 1
     if done:
         for mask in kinds:
             _erase_unused(graph, mask)
         graph.lint()
     return Causal(calls=done)
-
-
-@dataclass(frozen=True)
-class _Call:
-    node: Node
-    mask: object
-    dropout: float
-    is_causal: bool
-
-    @classmethod
-    def of(cls, node: Node) -> _Call:
-        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args)) | dict(node.kwargs)
-        return cls(node, given.get("attn_mask"), given.get("dropout_p", 0.0), given.get("is_causal", False))
-
-    def without_mask(self, *, is_causal: bool) -> None:
-        kwargs = {k: v for k, v in self.node.kwargs.items() if k not in ("attn_mask", "dropout_p", "is_causal")}
-        self.node.args = self.node.args[:3]
-        self.node.kwargs = {**kwargs, "is_causal": is_causal}
 
 
 def _is_causal(mask: Node, written: set[int]) -> bool | None:
@@ -102,21 +84,18 @@ def _is_causal(mask: Node, written: set[int]) -> bool | None:
 
 def _made_of_constants(mask: Node, written: set[int]) -> list[Node] | None:
     """The nodes that ``mask`` is computed from, itself the last; None if one of them is not a constant."""
-    found: dict[Node, None] = {}
-
-    def visit() -> Iterator[bool]:
-        todo = [mask]
-        while todo:
-            node = todo.pop()
-            if node in found:
-                continue
-            found[node] = None
-            yield (node.op in ("call_function", "call_method") and op_name(node) in _MAKES_MASKS and not _symbolic(node)
-                   and not written.intersection(storages_of(node)))
-            todo += node.all_input_nodes
-
-    if not all(visit()):
-        return None
+    found: set[Node] = set()
+    todo = [mask]
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        if node.op not in ("call_function", "call_method") or op_name(node) not in _MAKES_MASKS or _symbolic(node):
+            return None
+        if written.intersection(storages_of(node)):
+            return None
+        found.add(node)
+        todo += node.all_input_nodes
     return [node for node in mask.graph.nodes if node in found]
 
 
@@ -137,7 +116,10 @@ def _computed(nodes: list[Node]) -> dict[Node, object]:
 
     for node in nodes:
         args, kwargs = map_aggregate(node.args, real), map_aggregate(node.kwargs, real)
-        values[node] = getattr(args[0], node.target)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)
+        if node.op == "call_method":
+            values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+        else:
+            values[node] = node.target(*args, **kwargs)
     return values
 
 

@@ -101,10 +101,9 @@ def written_arguments(node: Node) -> list[Node]:
                                 if isinstance(v, Node)]
         elif target is operator.setitem or target in _INPLACE_OPERATORS:
             written += [first] if first is not None else []
-        else:
+        elif getattr(target, "__module__", "") != "_operator":      # and_, or_ and not_ write nothing
             name = getattr(target, "__name__", "")
-            inplace = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"   # and_
-            inplace = inplace or node.kwargs.get("inplace") is True
+            inplace = node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
             written += [first] if inplace and first is not None else []
             if "triton_kernel_wrapper_mutation" in str(target):
                 written += node.all_input_nodes

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from .attention import attention_arguments
 from .checkpointing import TAGS
 from .dataflow import value_of
 
@@ -40,10 +41,6 @@ def split_attention(graph: Graph, calls: Iterable[Node], *, parts: int) -> Split
     return Split(calls=done)
 
 
-def _argument(node: Node, position: int, name: str, default=None):
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def _heads(node) -> int | None:
     """Static number of heads of (batch, heads, tokens, width), else None."""
     value = value_of(node) if isinstance(node, Node) else None
@@ -53,15 +50,15 @@ def _heads(node) -> int | None:
 
 
 def _divides(node: Node, parts: int) -> bool:
-    if _argument(node, 4, "dropout_p", 0.0) != 0.0:       # other random numbers for the same mask
+    given = attention_arguments(node)
+    if given.get("dropout_p", 0.0) != 0.0:       # other random numbers for the same mask
         return False
-    heads = [_heads(_argument(node, i, name)) for i, name in enumerate(("query", "key", "value"))]
+    heads = [_heads(given.get(name)) for name in ("query", "key", "value")]
     return all(h is not None and h % parts == 0 for h in heads)
 
 
 def _split(graph: Graph, node: Node, parts: int) -> None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = {**dict(zip(names, node.args)), **node.kwargs}
+    given = attention_arguments(node)
     mask = given.get("attn_mask")
     by_heads = ["query", "key", "value"] + (["attn_mask"] if (_heads(mask) or 1) > 1 else [])
 

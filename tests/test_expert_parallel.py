@@ -25,6 +25,7 @@ from farskip_fx.expert_parallel import (
     gather_experts,
     load_full_state_dict,
 )
+from farskip_fx.passes._torch import fake_ranks
 
 NO_INTERFACE = {"dbrx", "doge", "llama4", "nllb_moe", "step3p7", "switch_transformers"}
 """Families whose experts do not use transformers' experts interface (5.23): refused, with the reason."""
@@ -485,9 +486,15 @@ def test_way_back():
 @pytest.fixture
 def fake_world():
     """A default group of three ranks in this process: enough for errors, which come before any communication."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    fake_ranks(3)
+    yield
+    dist.destroy_process_group()
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+
+@pytest.fixture
+def two_fake_ranks():
+    """For experts that really are sharded, where nothing has to arrive."""
+    fake_ranks(2)
     yield
     dist.destroy_process_group()
 
@@ -528,35 +535,23 @@ def test_options_that_are_refused(fake_world, options, reason):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("link_bytes, chunks", [(1e6, 2), (1e12, 1)])
-def test_chunks_where_they_pay(family, link_bytes, chunks):
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        model = expert_parallel(tiny(family), chunks="auto", rates=fs.Rates(link_bytes=link_bytes))
-        assert {p._farskip_expert_group.options.chunks for p in expert_parameters(model).values()} == {chunks}
-    finally:
-        dist.destroy_process_group()
+def test_chunks_where_they_pay(two_fake_ranks, family, link_bytes, chunks):
+    model = expert_parallel(tiny(family), chunks="auto", rates=fs.Rates(link_bytes=link_bytes))
+    assert {p._farskip_expert_group.options.chunks for p in expert_parameters(model).values()} == {chunks}
 
 
-def test_payload_is_part_of_the_conversion():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        model = fs.apply(expert_parallel(tiny("qwen3_moe"), payload="int8"))
-        assert model.config.farskip["payload"] == "int8" and "backward_payload" not in model.config.farskip
-        loaded = tiny("qwen3_moe")
-        loaded.config.farskip = model.config.farskip            # as its checkpoint has it
-        with pytest.raises(ValueError, match="payload='fp8' disagrees with what the model was converted with, 'int8'"):
-            expert_parallel(loaded, payload="fp8")
-        expert_parallel(loaded)
-        assert {p._farskip_expert_group.options.payload for p in expert_parameters(loaded).values()} == {"int8"}
-        fs.apply(loaded)
-        with pytest.raises(fs.ConfigError, match="payload='fp8', but the experts are sharded with ''"):
-            fs.apply(expert_parallel(tiny("qwen3_moe")), payload="fp8")
-    finally:
-        dist.destroy_process_group()
+def test_payload_is_part_of_the_conversion(two_fake_ranks):
+    model = fs.apply(expert_parallel(tiny("qwen3_moe"), payload="int8"))
+    assert model.config.farskip["payload"] == "int8" and "backward_payload" not in model.config.farskip
+    loaded = tiny("qwen3_moe")
+    loaded.config.farskip = model.config.farskip            # as its checkpoint has it
+    with pytest.raises(ValueError, match="payload='fp8' disagrees with what the model was converted with, 'int8'"):
+        expert_parallel(loaded, payload="fp8")
+    expert_parallel(loaded)
+    assert {p._farskip_expert_group.options.payload for p in expert_parameters(loaded).values()} == {"int8"}
+    fs.apply(loaded)
+    with pytest.raises(fs.ConfigError, match="payload='fp8', but the experts are sharded with ''"):
+        fs.apply(expert_parallel(tiny("qwen3_moe")), payload="fp8")
 
 
 def test_mesh_of_two_dimensions(fake_world):

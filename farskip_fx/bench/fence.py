@@ -21,25 +21,20 @@ from rich.console import Console
 from rich.table import Table
 
 from . import emulated
-from .gpu import SMALL, compiled, model_of, step
+from .gpu import SMALL, compiled, exchanging, making_code, step
 from .spec import Shape
 
 
 def counted(shape: Shape, options: dict, chunks: int) -> dict[str, float]:
     """{"kernels", "megabytes"} of forward and backward together."""
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
     from torch._inductor import compile_fx, metrics
-
-    import farskip_fx as fs
 
     compile_fx.inductor_metrics_log.setLevel(logging.INFO)       # or Inductor does not count bytes
     compile_fx.inductor_metrics_log.propagate = False
-    model, ids = model_of(shape, "cpu", torch.float32)
-    fs.expert_parallel(model, None, chunks=chunks)
+    model, ids = exchanging(shape, torch.float32, chunks=chunks, device="cpu")
     call = compiled(model, options)
     metrics.reset()
-    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):     # a cached graph makes no code
+    with making_code():
         step(call, model, ids)
     return {"kernels": metrics.generated_kernel_count, "megabytes": metrics.num_bytes_accessed / 1e6}
 

@@ -22,7 +22,8 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,12 +50,22 @@ def model_of(shape: Shape, device: str, dtype: torch.dtype) -> tuple[nn.Module, 
     return model, ids.to(device)
 
 
-def exchanging(shape: Shape, dtype: torch.dtype, chunks: int) -> tuple[nn.Module, Tensor]:
+def exchanging(shape: Shape, dtype: torch.dtype, *, chunks: int = 1, device: str = "cuda", group=None) -> tuple[nn.Module, Tensor]:
     import farskip_fx as fs
 
-    model, ids = model_of(shape, "cuda", dtype)
-    fs.expert_parallel(model, None, chunks=chunks)
+    model, ids = model_of(shape, device, dtype)
+    fs.expert_parallel(model, group, chunks=chunks)
     return model, ids
+
+
+@contextmanager
+def making_code() -> Iterator[None]:
+    """Within it every graph is compiled: one out of a cache has no code to show."""
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
 
 
 def compiled(model: nn.Module, options: dict | None) -> Callable:
@@ -104,12 +115,10 @@ def numbers(device: str) -> list[dict]:
     with emulated.slow(1e9):
         for connectivity in CONNECTIVITIES:
             add(connectivity, "slow link")
-        model, _ = model_of(SMALL, device, torch.float32)
-        fs.expert_parallel(model, None, chunks=2)
+        model, _ = exchanging(SMALL, torch.float32, chunks=2, device=device)
         add("farskip", "slow link, 2 chunks")
     if device == "cuda":
-        model, _ = model_of(SMALL, device, torch.float32)
-        fs.expert_parallel(model, dist.new_group(backend="nccl"))
+        model, _ = exchanging(SMALL, torch.float32, device=device, group=dist.new_group(backend="nccl"))
         add("farskip", "NCCL")
     return rows
 
@@ -131,15 +140,12 @@ def kernels_in_flight(source: str) -> list[int]:
 
 
 def order(options: dict | None, chunks: int) -> list[list[int]]:
-    """The same for each graph, forward and backward; without caches, which would have no code to show."""
+    """The same for each graph, forward and backward."""
     from torch._inductor.utils import run_and_get_code
 
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
-
-    model, ids = exchanging(SMALL, torch.float32, chunks)
+    model, ids = exchanging(SMALL, torch.float32, chunks=chunks)
     call = compiled(model, options)
-    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+    with making_code():
         _, sources = run_and_get_code(lambda: step(call, model, ids))
     return [found for source in sources if (found := kernels_in_flight(source))]
 
@@ -161,7 +167,7 @@ def times(shape: Shape, ratios: list[float], rounds: int, trace: Path | None, ke
     """Rows of (ratio, variant); the first is stock Inductor without a delay, from which the link's rate follows."""
     from ..passes.costs import PRESETS
 
-    model, ids = exchanging(shape, torch.bfloat16, 1)
+    model, ids = exchanging(shape, torch.bfloat16)
     call = compiled(model, None)
     step(call, model, ids), step(call, model, ids)
     compute = seconds(lambda: step(call, model, ids), rounds)
@@ -174,14 +180,14 @@ def times(shape: Shape, ratios: list[float], rounds: int, trace: Path | None, ke
         rates = {**PRESETS["h100-nvlink"].__dict__, "link_bytes": rate, "link_latency": 0.0}
         for name, (options, chunks) in VARIANTS.items():
             keep({"ratio": ratio, "variant": name,
-                  **timed(name, shape, None if options is None else {**options, "rates": rates}, chunks, rate, rounds,
+                  **timed(shape, None if options is None else {**options, "rates": rates}, chunks, rate, rounds,
                           trace if name == "farskip" and ratio == ratios[0] else None)})
 
 
-def timed(name: str, shape: Shape, options: dict | None, chunks: int, rate: float, rounds: int, trace: Path | None) -> dict:
+def timed(shape: Shape, options: dict | None, chunks: int, rate: float, rounds: int, trace: Path | None) -> dict:
     import farskip_fx as fs
 
-    model, ids = exchanging(shape, torch.bfloat16, chunks)
+    model, ids = exchanging(shape, torch.bfloat16, chunks=chunks)
     own = compiled(model, options)
     one = lambda: step(own, model, ids)     # noqa: E731
     one(), one()
@@ -192,8 +198,8 @@ def timed(name: str, shape: Shape, options: dict | None, chunks: int, rate: floa
         row["slow_ms"] = seconds(one, rounds) * 1e3
         row.update(traced(one, trace))
     if options is not None and options.get("overlap", True):
-        row["schedules"] = [{"moved": s.moved, "before_ms": s.before_s * 1e3, "after_ms": s.after_s * 1e3, "bound_ms": s.bound_s * 1e3,
-                             "reason": str(s.reason)} for s in fs.last_reports()[-1].schedules]
+        row["schedules"] = [{"moved": s.moved, "before_ms": s.before_s * 1e3, "after_ms": s.after_s * 1e3,
+                             "bound_ms": s.bound_s * 1e3, "reason": str(s.reason)} for s in fs.last_reports()[-1].schedules]
     return row
 
 
