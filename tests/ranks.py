@@ -7,8 +7,8 @@
 
     assert run_ranks(add_one, world_size=2, start=1) == [2.0, 2.0]
 
-Each rank is a fresh interpreter (spawn) with one OpenMP thread and no visible accelerator, inside an initialised default
-process group. Its result, or its traceback, comes back as a file; nothing is shared with the parent, so that a rank which
+Each rank is a process forked from one that has imported torch, transformers and the tests' models and run nothing, with one
+OpenMP thread and no visible accelerator, inside an initialised default process group. Its result, or its traceback, comes back as a file; nothing is shared with the parent, so that a rank which
 dies takes nothing with it. The first rank to fail ends the run: the others would wait for it in a collective.
 
 `run_each_rank` is for tests of failures: it returns what became of each rank and waits for what the others make of it.
@@ -39,6 +39,7 @@ CHILD_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+PRELOADED = ["families", "oracle", "compiled"]     # with them torch, transformers and farskip_fx
 
 
 class RankFailure(AssertionError):
@@ -58,7 +59,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int = 2, *, timeout: float = 2
         RankFailure: with the traceback of each rank that raised, the exit code of one that died, or the names of those
             that did not finish.
     """
-    outcomes = _run(fn, world_size, timeout, timeout, GRACE_SECONDS, True, kwargs, multiprocessing.get_context("spawn"))
+    outcomes = _run(fn, world_size, timeout, timeout, GRACE_SECONDS, True, kwargs)
     failures = sorted((o.when, o.text(rank, timeout)) for rank, o in enumerate(outcomes) if o.status != "returned")
     if failures:  # the first in time first: the others are often its echo ("connection closed")
         raise RankFailure("\n\n".join(text for _, text in failures))
@@ -99,18 +100,12 @@ def run_each_rank(
 ) -> list[Outcome]:
     """Like `run_ranks`, for functions that fail on purpose: nothing is raised, and no barrier stands at the end.
 
-    Such runs are many and short, so their ranks are forked from a process that has imported the first `fn`'s module.
-
     Args:
         timeout: seconds until every rank must have ended; those that have not are killed.
         collective_timeout: of the process group.
         grace: seconds that the other ranks have after the first one failed.
     """
-    # Of the server, which starts with its first child (and up to Python 3.11 does not get our sys.path).
-    with _environment({**CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}):
-        fork = multiprocessing.get_context("forkserver")
-        fork.set_forkserver_preload([fn.__module__])
-        return _run(fn, world_size, timeout, collective_timeout, grace, False, kwargs, fork)
+    return _run(fn, world_size, timeout, collective_timeout, grace, False, kwargs)
 
 
 def _run(
@@ -121,14 +116,16 @@ def _run(
     grace: float,
     leave_together: bool,
     kwargs: dict,
-    context: Any,
 ) -> list[Outcome]:
+    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory(prefix="farskip_ranks_") as folder:
-        with _environment(CHILD_ENVIRONMENT):  # a spawned child takes the environment over when it starts
+        # For the server, which starts with its first child (and up to Python 3.11 does not get our sys.path).
+        with _environment({**CHILD_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}):
+            context.set_forkserver_preload(PRELOADED)
             children = [
                 context.Process(
                     target=_child,
-                    args=(fn, rank, world_size, folder, collective_timeout, leave_together, kwargs),
+                    args=(fn, rank, world_size, folder, collective_timeout, leave_together, kwargs, dict(os.environ)),
                     daemon=True,
                 )
                 for rank in range(world_size)
@@ -153,7 +150,9 @@ def _child(
     collective_timeout: float,
     leave_together: bool,
     kwargs: dict,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)      # the server has that of its own start
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         import torch
