@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .exchanges import share_of_tokens
+from .routes import share_of_tokens
 from .passes.costs import Rates
 
 PAYS_FROM = 0.5     # exchanges over experts. In the lab two chunks cost 4 % of a step (training) and more of a forward

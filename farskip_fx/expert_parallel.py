@@ -32,11 +32,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .calibrate import calibrate, sizes_of
 from .chunks import chunks_for
 from .collectives import all_gather
-from .exchanges import EXCHANGES, ExpertGroup, Options, all_to_all_experts
+from .exchanges import CARRY_ROWS, EXCHANGES, all_to_all_experts
 from .passes._torch import timeout_of
 from .passes.costs import Rates
 from .payload import PAYLOADS
 from .replicated import ReplicateRows, TakeOwnRows
+from .routes import ExpertGroup, Options
 from .sharding import dense_shards
 
 __all__ = [
@@ -101,10 +102,11 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
 
     Args:
         model: any module that contains experts of transformers' experts interface.
-        group: a 1-D DeviceMesh (`mesh["ep"]`), a process group, or None for the default group.
-        exchange: each rank has its own tokens: `"all_to_all"`; `"all_to_all_pairs"`, where a token travels once for each of
-            its experts; or `"all_gather"`, without counts, for equally many tokens on each rank. All ranks have the same
-            tokens: `"all_reduce"`. See exchanges.py.
+        group: a 1-D DeviceMesh (`mesh["ep"]`), a process group, or None for the default group. For `"hierarchical"` a 2-D
+            DeviceMesh: nodes, and the ranks of a node.
+        exchange: each rank has its own tokens: `"all_to_all"`; `"hierarchical"`, between nodes and then inside of a node;
+            `"all_to_all_pairs"`, where a token travels once for each of its experts; or `"all_gather"`, without counts, for
+            equally many tokens on each rank. All ranks have the same tokens: `"all_reduce"`. See exchanges.py.
         chunks: cut the tokens into so many parts, so that experts of one run while another travels. The same numbers. "auto": two
             where the exchanges take at least half of the experts' time by ``rates`` (``farskip_fx/chunks.py``), else one.
         payload: `"int8"` or `"fp8"`: rows travel rounded to a byte a value. Not the same numbers. `""`: as they are. None:
@@ -120,7 +122,7 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown: use one of {', '.join(map(repr, EXCHANGES))}")
     options = _options(exchange, chunks, _as_recorded(model, {"payload": payload, "backward_payload": backward_payload}))
-    parent = _process_group(group)
+    parent, levels = _process_group(group, exchange), _levels(group, exchange)
     modules = dict(_experts_modules(model))
     if not modules:
         raise ValueError(
@@ -130,15 +132,15 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
         )
     for name, module in modules.items():  # all checks first: a refusal must leave the model whole on every rank
         _check_experts(name, module, parent.size(), exchange)
-    own = _exchange_group(parent)
+    own = dataclasses.replace(_expert_group(parent), levels=tuple(map(_expert_group, levels)))
     if chunks == "auto" and rates is None:
         rates = calibrate(parent, **sizes_of(model))
 
     configs: dict[int, object] = {}
     shared: dict[int, nn.Parameter] = {}
     for module in modules.values():
-        chosen = dataclasses.replace(options, chunks=chunks_for(module, own.size(), rates)) if chunks == "auto" else options
-        _shard(module, ExpertGroup(own.group_name, own.size(), own.rank()), exchange, chosen, configs, shared)
+        chosen = dataclasses.replace(options, chunks=chunks_for(module, own.size, rates)) if chunks == "auto" else options
+        _shard(module, own, exchange, chosen, configs, shared)
     _ignore_in_ddp(model, list(expert_parameters(model)))
     return model
 
@@ -169,29 +171,50 @@ def _options(exchange: str, chunks: int | str, payloads: dict[str, str]) -> Opti
     for name, value in payloads.items():
         if value and value not in PAYLOADS:
             raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, ('', *PAYLOADS)))}")
-        if value and not exchange.startswith("all_to_all"):
+        if value and exchange not in CARRY_ROWS:
             raise ValueError(f"{name}={value!r}: exchange={exchange!r} sums on its way, and bytes with scales cannot be "
                              "summed; use exchange='all_to_all'")
     return Options(chunks, **payloads)
 
 
-def _process_group(group: DeviceMesh | dist.ProcessGroup | None) -> dist.ProcessGroup:
+def _process_group(group: DeviceMesh | dist.ProcessGroup | None, exchange: str) -> dist.ProcessGroup:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "expert_parallel needs torch.distributed: call torch.distributed.init_process_group first (under torchrun)"
         )
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
+    if (exchange == "hierarchical") != (isinstance(group, DeviceMesh) and group.ndim == 2):
+        if exchange == "hierarchical":
+            raise ValueError("exchange='hierarchical' needs a mesh of two dimensions, nodes and the ranks of a node: pass e.g. "
+                             "mesh['node', 'local']")
+        if isinstance(group, DeviceMesh) and group.ndim != 1:
             raise ValueError(
                 f"expert_parallel needs one mesh dimension, got {group.ndim} ({group.mesh_dim_names}): pass e.g. mesh['ep']"
             )
-        group = group.get_group()
+    if isinstance(group, DeviceMesh):
+        group = group.get_group() if group.ndim == 1 else _whole(group)
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
             f"rank {dist.get_rank()} is not in the group given to expert_parallel: call it on the group's ranks only"
         )
     return group
+
+
+def _whole(mesh: DeviceMesh) -> dist.ProcessGroup:
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    return dist.new_group(ranks, use_local_synchronization=True, timeout=timeout_of(dist.group.WORLD))
+
+
+def _levels(group: DeviceMesh | dist.ProcessGroup | None, exchange: str) -> tuple[dist.ProcessGroup, ...]:
+    """Inside of a node, between nodes."""
+    return (group.get_group(1), group.get_group(0)) if exchange == "hierarchical" else ()
+
+
+def _expert_group(parent: dist.ProcessGroup) -> ExpertGroup:
+    own = _exchange_group(parent)
+    return ExpertGroup(own.group_name, own.size(), own.rank())
 
 
 _exchange_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
@@ -282,7 +305,7 @@ def _shard(
         configs[id(module.config)]._experts_implementation = f"farskip_{exchange}"
     module.config = configs[id(module.config)]
     module.num_experts = shard.num_local_experts
-    module._is_expert_parallel = not exchange.startswith("all_to_all")  # makes transformers' implementations mask routes elsewhere
+    module._is_expert_parallel = exchange not in CARRY_ROWS  # makes transformers' implementations mask routes elsewhere
     module._farskip_experts = shard
 
 
@@ -447,8 +470,8 @@ class FarskipExpertParallel(EPImplementation):
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
         super().__init__(experts, ep_mesh, tp_mesh)
-        own, sharing = _exchange_group(ep_mesh.get_group()), tp_mesh.get_group()
-        self.experts_group = ExpertGroup(own.group_name, own.size(), own.rank())
+        sharing = tp_mesh.get_group()
+        self.experts_group = _expert_group(ep_mesh.get_group())
         self.batch_group = ExpertGroup(sharing.group_name, sharing.size(), sharing.rank())
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -519,7 +519,7 @@ def test_families_without_the_interface_are_refused(fake_world, family):
 
 
 def test_unknown_exchange(fake_world):
-    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_to_all_pairs', 'all_gather', 'all_reduce'"):
+    with pytest.raises(ValueError, match="exchange='allgather' is unknown: use one of 'all_to_all', 'all_to_all_pairs', 'hierarchical', 'all_gather', 'all_reduce'"):
         expert_parallel(tiny("qwen3_moe"), exchange="allgather")
 
 

@@ -114,7 +114,7 @@ def every_connectivity(rank, *, families_, exchange):
     return failures
 
 
-@pytest.mark.parametrize("exchange", [pytest.param(name, marks=pytest.mark.slow) for name in EXCHANGES])
+@pytest.mark.parametrize("exchange", [pytest.param(name, marks=pytest.mark.slow) for name in EXCHANGES if name != "hierarchical"])
 def test_every_connectivity_with_exchanges(exchange):
     """Rewiring alone, with the exchanges in the graph; openai_privacy_filter breaks without expert parallelism."""
     chosen = ["deepseek_v3", "gpt_oss", "openai_privacy_filter"]

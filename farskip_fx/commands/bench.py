@@ -10,8 +10,7 @@ from pathlib import Path
 from ..bench.link import KINDS
 from ..bench.run import run, wrong
 from ..bench.spec import BOTH, FAMILIES, MODES, ORDER, PEERS, REWIRED, ROUTINGS, VARIANTS, Shape, Spec
-from ..exchanges import EXCHANGES
-from .common import screen
+from .common import ONE_GROUP, screen
 
 TEXT = """\
 Time a Mixture-of-Experts model on two ranks over an emulated slow link.
@@ -94,7 +93,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     what.add_argument("--variants", nargs="+", choices=ORDER, default=list(VARIANTS), metavar="NAME",
                       help="some of the above, peers and others too (the first four)")
     what.add_argument("--peers", action="store_true", help="the peers as well")
-    what.add_argument("--exchange", choices=[name for name in EXCHANGES if name != "all_reduce"], default=Spec.exchange,
+    what.add_argument("--exchange", choices=[name for name in ONE_GROUP if name != "all_reduce"], default=Spec.exchange,
                       help=f"of expert_parallel, in all variants but transformers' ({Spec.exchange})")
     what.add_argument("--chunks", type=int, default=Spec.chunks, metavar="N",
                       help=f"of the exchanges of exact_chunks and farskip_chunks ({Spec.chunks})")

@@ -33,9 +33,12 @@ def add_place(verb, *, tokens: int) -> None:
     verb.add_argument("--train", action="store_true", help="forward and backward")
 
 
+ONE_GROUP = [name for name in EXCHANGES if name != "hierarchical"]       # which needs a mesh of two dimensions
+
+
 def add_exchange(verb) -> None:
     """Options of ``expert_parallel``."""
-    verb.add_argument("--exchange", choices=list(EXCHANGES), default="all_to_all", help="how tokens travel (all_to_all)")
+    verb.add_argument("--exchange", choices=ONE_GROUP, default="all_to_all", help="how tokens travel (all_to_all)")
     verb.add_argument("--chunks", type=int, default=1, metavar="N", help="parts of the tokens that travel one after the other (1)")
     verb.add_argument("--payload", choices=list(PAYLOADS), help="how rows are rounded to travel (not)")
 

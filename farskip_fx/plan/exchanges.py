@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..exchanges import share_of_tokens
+from ..routes import share_of_tokens
 from .devices import Link
 
 

@@ -20,14 +20,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama4 import modeling_llama4
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from .. import exchanges
+from .. import exchanges, hierarchical
 
 ATTENTION = "farskip_planned"
 
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    with mock.patch.object(exchanges, "_on_host", _even), \
+    with mock.patch.object(exchanges, "on_host", _even), mock.patch.object(hierarchical, "on_host", _even), \
             mock.patch.object(modeling_llama4, "Llama4TextMoe", _DispatchedMoe):
         yield
 
