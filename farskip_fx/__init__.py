@@ -16,6 +16,7 @@ from .errors import (CheckpointError, CollectiveError, ConfigError, FarskipError
 # Importing it registers the exchanges, and `ep_implementation="farskip"`, with transformers.
 from .expert_parallel import expert_parallel, expert_parameters, full_state_dict, gather_experts, load_full_state_dict
 from .guard import guarded
+from .kernels import profile_kernels
 from .passes.costs import Rates
 from .pretrained import from_pretrained
 from .report import Report, last_reports
@@ -27,6 +28,6 @@ __all__ = [
     "Verification", "WrongConnectivityError", "apply", "bisect", "calibrate", "check_agreement", "clip_grad_norm_",
     "data_parallel", "dump_graphs", "expert_parallel", "expert_parameters", "explain", "farskip", "farskip_backend",
     "from_pretrained", "full_state_dict", "gather_experts", "guarded", "last_reports", "latest_checkpoint",
-    "load_checkpoint", "load_full_state_dict", "no_sync", "profile", "reduce_gradients", "register_connectivity", "remove",
-    "save_checkpoint", "verify",
+    "load_checkpoint", "load_full_state_dict", "no_sync", "profile", "profile_kernels", "reduce_gradients", "register_connectivity",
+    "remove", "save_checkpoint", "verify",
 ]

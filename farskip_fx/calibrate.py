@@ -65,8 +65,13 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
 
 def calibrate_for(model: nn.Module) -> Rates:
     """``calibrate`` at the sizes of ``model``, over the ranks that its experts are split over."""
+    return calibrate(ranks_of(model), **sizes_of(model))
+
+
+def ranks_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """Those that share its experts; None for a model that is not split."""
     experts = next((g for p in model.parameters() if (g := getattr(p, "_farskip_expert_group", None)) is not None), None)
-    return calibrate(None if experts is None else process_group(experts.group.name), **sizes_of(model))
+    return None if experts is None else process_group(experts.group.name)
 
 
 def sizes_of(model: nn.Module) -> dict:

@@ -10,7 +10,7 @@ Terms
   free        views, getitem, sizes, constants: no memory is touched
 
 Formulas
-  kernel      flops / rate + overhead, and never less than its bytes / memory rate
+  kernel      flops / rate + overhead, and never less than its bytes / memory rate; measured, where ``Rates.kernels`` has it
   light node  bytes it reads from outside its region (each source once a region) + bytes it writes for others to read
   exchange    latency + payload / link rate. Payload: what leaves one rank, or arrives there, whichever is more
 """
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import Graph, Node
@@ -61,6 +62,7 @@ class Rates:
             rank's own core; a GPU's copy engines do not (0).
         one_link: collectives of all process groups go over one link, one after the other; False: each group has its own
             (exchanges inside of a node and means of gradients between nodes, say).
+        kernels: seconds of single kernels that were measured, by ``kernel_key``; formulas for all others.
     """
     matmul_flops: float = 90e9
     attention_flops: float = 60e9
@@ -70,8 +72,13 @@ class Rates:
     kernel_overhead: float = 5e-6
     link_compute_share: float = 0.05
     one_link: bool = True
+    kernels: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
+        object.__setattr__(self, "kernels", tuple(sorted((str(key), float(seconds)) for key, seconds in pairs)))
+        if any(not seconds > 0 for _, seconds in self.kernels):
+            raise ValueError("kernels must take more than 0 seconds each")
         for name in ("matmul_flops", "attention_flops", "memory_bytes", "link_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -80,6 +87,11 @@ class Rates:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
         if not 0 <= self.link_compute_share < 1:
             raise ValueError(f"link_compute_share must be in [0, 1), got {self.link_compute_share!r}")
+
+    @cached_property
+    def measured(self) -> Mapping[str, float]:
+        """``kernels``, to look up."""
+        return dict(self.kernels)
 
 
 PRESETS = {
@@ -186,8 +198,26 @@ def compute_seconds(node: Node, rates: Rates) -> float:
     """Of one node that runs alone; ``graph_seconds`` knows about fusion. Waits and launches take no compute."""
     if is_free(node):
         return 0.0
+    if rates.measured and (seconds := rates.measured.get(kernel_key(node))) is not None:
+        return seconds
     return max(_flop_seconds(node, rates), bytes_moved(node) * _passes(node) / rates.memory_bytes) + (
         rates.kernel_overhead)
+
+
+def kernel_key(node: Node) -> str:
+    """What ``Rates.kernels`` calls a matrix product, an attention or a convolution; "" for other nodes. Equal work has equal
+    names: a product with a bias is one without."""
+    if not flops(node):
+        return ""
+    name, added = op_name(node), 0
+    if name in _WITH_SUM:
+        name, added = _WITH_SUM[name], 1
+    tensors = [t for source in _nodes((*node.args, *node.kwargs.values())) for t in tensors_of(source)][added:]
+    shapes = (f"{str(t.dtype).removeprefix('torch.')}{list(shape_of(t))}" for t in tensors)
+    return " ".join([name, *shapes, *(["causal"] if _is_causal(node) else [])])
+
+
+_WITH_SUM = {"addmm": "mm", "_addmm_activation": "mm", "baddbmm": "bmm"}
 
 
 def graph_seconds(graph: Graph, rates: Rates) -> dict[Node, float]:

@@ -75,7 +75,7 @@ class Measurement:
         self.rows_of_ranks = sum(rows).view(-1, EP, local).sum((0, 2)).tolist()     # over all MoE layers
         sharing = self.parent.sharing
         self.pieces: Pieces = time_pieces(whole, self.ids, sum(rows[first:first + EP]).tolist(), self.mine, sharing)
-        self.compute_rates: dict[str, float] = from_rank_0(compute_rates(self.shape))
+        self.compute_rates: dict[str, Any] = from_rank_0(compute_rates(self.shape))
         self.model = build(self.shape, self.spec.seed)
         self.parallel = product.shard(self.model, self.spec, means=self.means_taken)
         if self.means_taken:
@@ -101,6 +101,9 @@ class Measurement:
         if not self.flat():
             raise RuntimeError("the sharded model ran without one functional collective; is expert_parallel in effect?")
         step.reset()
+        if self.ours and self.spec.inner == "inductor":
+            self.say("measuring single kernels")
+            self.compute_rates["kernels"] = product.kernels(self.model, self.ids, connectivity, gradients=self.train)
 
     def record(self, step: Step, recorder: Recorder) -> None:
         """The exchanges of each phase in the order in which they ran, the means of gradients apart."""

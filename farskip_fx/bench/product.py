@@ -57,6 +57,16 @@ def rates(**measured: float) -> dict[str, float]:
     return asdict(Rates(**measured))
 
 
+def kernels(model: nn.Module, ids: Tensor, connectivity: str, *, gradients: bool) -> dict[str, float]:
+    """Seconds of each kernel of a step, measured while all ranks compute, and equal on all."""
+    import torch.distributed as dist
+
+    from farskip_fx.kernels import kernels_of, measured
+
+    nodes = kernels_of(model, config={"connectivity": connectivity}, gradients=gradients, input_ids=ids, use_cache=False)
+    return measured(nodes, dist.group.WORLD)
+
+
 def layers() -> list[dict]:
     """The last compile's rewiring, one entry a layer."""
     return [{"index": layer.index, "attention_reads": layer.attention_reads, "mlp_reads": layer.mlp_reads,

@@ -26,6 +26,8 @@ def measure(console: Console, *, hidden: int, tokens: int, dtype: str, path: Pat
         alone = "" if dist.is_initialized() else "   (not measured: run under torchrun)"
         for field in dataclasses.fields(rates):
             value = getattr(rates, field.name)
+            if field.name == "kernels":         # of a model: farskip_fx.profile_kernels
+                continue
             console.print(f"{field.name:20} {value:.4g}{alone if field.name in ('link_bytes', 'link_latency') else ''}"
                           if not isinstance(value, bool) else f"{field.name:20} {value}", highlight=False)
         if path is not None:

@@ -45,7 +45,7 @@ PHASES = ("forward", "backward")
 
 
 def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = None, gradients: bool | None = None,
-            predict: bool = True, fold: bool = True, **inputs) -> Report:
+            predict: bool = True, fold: bool = True, graphs: list[GraphModule] | None = None, **inputs) -> Report:
     """What would change in ``model``, and why not; what would run when, before and after.
 
     Nothing of the model is run below its decoder, and nothing is compiled: weights may be on the meta device. Every rank of
@@ -59,6 +59,7 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
         gradients: predict the backward too; None: if the model is in training mode and gradients are on.
         predict: lower the graph and simulate it; False: the rewiring alone.
         fold: trace a few of many equal layers; the report says so (``folded``).
+        graphs: a list that gets the graphs behind ``phases``, those of the original connectivity first.
 
     Returns:
         A ``Report``; ``phases`` has the original connectivity in the order of stock Inductor as ``before``.
@@ -86,6 +87,8 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
     if report is None:
         raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(owner).__name__}), so there is "
                          "nothing to explain: call it as it runs, with input_ids for example")
+    if graphs is not None:
+        graphs += tracer.graphs
     report.model, report.rank, report.module = type(model).__name__, rank(), weakref.ref(model)
     return unfold(report, how) if isinstance(how, Folded) else report
 
@@ -155,6 +158,7 @@ class _Tracer:
     def __init__(self, config: FarskipConfig, name: str, *, gradients: bool, predict: bool) -> None:
         self.config, self.name, self.gradients, self.predict = config, name, gradients, predict
         self.report: Report | None = None
+        self.graphs: list[GraphModule] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list) -> Callable:
         where = frame.compiling()
@@ -196,9 +200,11 @@ class _Tracer:
 
     def _phases(self, before: GraphModule, after: GraphModule, example_inputs: list) -> tuple[Phase, ...]:
         rates = self.config.rates or Rates()
-        old = [schedule(graph.graph, rates=rates) for graph in lowered(before, example_inputs)]
+        original, converted = lowered(before, example_inputs), lowered(after, example_inputs)
+        self.graphs = [*original, *converted]
+        old = [schedule(graph.graph, rates=rates) for graph in original]
         new = []
-        for graph in lowered(after, example_inputs):
+        for graph in converted:
             prefetch(graph.graph)
             launch_means_early(graph.graph)
             new.append(schedule(graph.graph, rates=rates))
