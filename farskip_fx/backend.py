@@ -68,7 +68,8 @@ def farskip_backend(gm: GraphModule, example_inputs: list, *, mode: str | None =
         with _timed(report, "checkpointing"):
             report.checkpoints = inline_checkpoints(gm, gradients=torch.is_grad_enabled())
     if config.causal_attention:
-        report.causal = skip_causal_masks(gm.graph).calls
+        with _timed(report, "causal"):
+            report.causal = skip_causal_masks(gm.graph).calls
     if config.names:
         rewire_graph(gm, config, report, where, shown.graph)
     if config.data_parallel is not None:

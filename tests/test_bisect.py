@@ -106,7 +106,7 @@ class MadeUp:
         return done
 
 
-ORDER = ["trace", "rewire", "aot", "inductor", "schedule", "fence", "split"]
+ORDER = ["trace", "rewire", "causal", "aot", "inductor", "schedule", "fence", "split"]
 
 
 def from_stage(stage):
@@ -122,7 +122,7 @@ def test_finds_stage_layer_and_half_by_halving(stage, layer, half):
     assert (found.stage, found.layer, found.half, found.independent) == (stage, layer, half, False)
     assert dict(found.conversion) == {str(layer): names[1]}
     assert found.layers == (layer + 1 if layer < 15 else None)
-    assert len(runs.trials) <= 17     # of 6 stages, 16 layers and 2 halves
+    assert len(runs.trials) <= 17     # of 7 stages, 16 layers and 2 halves
 
 
 def test_a_fault_that_takes_several_layers():
@@ -188,8 +188,9 @@ def test_pieces():
     assert half_of("farskip", "attention") == "attn_only" and half_of("ladder", "mlp") == "mlp_only"
     assert half_of("ladder", "attention") == half_of("ladder", "attention") == "ladder_attention_half"
     names = {options: [s.name for s in stages_of(fs.FarskipConfig(**dict(options)))] for options in [
-        (("inner", "eager"),), (("inner", "aot_eager"),), (), (("overlap", False),), (("connectivity", "none"),)]}
-    assert list(names.values()) == [["rewire"], ["rewire", "aot", "split"], ORDER[1:], ["rewire", "aot", "inductor"],
+        (("inner", "eager"),), (("inner", "aot_eager"),), (), (("overlap", False),),
+        (("connectivity", "none"), ("causal_attention", False))]}
+    assert list(names.values()) == [["rewire", "causal"], ["rewire", "causal", "aot", "split"], ORDER[1:], ORDER[1:5],
                                     ["rewire", "aot", "inductor", "schedule", "fence"]]
     assert words(("farskip", "farskip", "none", "ladder")) == "layers 0-1 farskip, layer 3 ladder"
 

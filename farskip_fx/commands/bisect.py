@@ -42,8 +42,9 @@ def search(source: Path, console: Console, *, ep: int, tokens: int, batch: int, 
 
 TEXT = """\
 Find by halving what makes a converted model compute something else than its connectivity says, or run slower than stock: the
-stage (rewire, AOTAutograd, Inductor, schedule, fence, attention in parts, or a cache), the layer, and the half of it; and write
-the smallest reproducer as a script, which exits with 1 as long as it is wrong. Exit status: 0 if nothing is wrong, else 1.
+stage (rewire, causal masks, AOTAutograd, Inductor, schedule, fence, attention in parts, or a cache), the layer, and the half of
+it; and write the smallest reproducer as a script, which exits with 1 as long as it is wrong. Exit status: 0 if nothing is wrong,
+else 1.
 
 MODEL is as for farskip explain. Weights are drawn at random, in float32, unless its build() makes others. Every rank runs it:
 

@@ -36,9 +36,9 @@ _ROUNDS = 7
 _CACHES = {"inductor": "Inductor's cache of graphs (torch._inductor.config.fx_graph_cache)",
            "aot": "AOTAutograd's cache (torch._functorch.config.enable_autograd_cache)"}
 _FAULTS = {
-    "trace": "the traced graph (Dynamo, or what farskip_fx normalizes in it)", "rewire": "the rewiring", "aot": "AOTAutograd",
-    "inductor": "Inductor", "schedule": "the schedule", "fence": "the fence", "split": "the splitting of attention into parts",
-    "cache": "a cache",
+    "trace": "the traced graph (Dynamo, or what farskip_fx normalizes in it)", "rewire": "the rewiring",
+    "causal": "the skipping of causal masks (causal_attention)", "aot": "AOTAutograd", "inductor": "Inductor",
+    "schedule": "the schedule", "fence": "the fence", "split": "the splitting of attention into parts", "cache": "a cache",
 }
 _USERS_PASSES = ("pre_grad_custom_pass", "joint_custom_pre_pass", "joint_custom_post_pass", "post_grad_custom_pre_pass",
                  "post_grad_custom_post_pass", "_pre_fusion_custom_pass", "_post_fusion_custom_pass")
@@ -49,8 +49,8 @@ class Bisection:
     """What ``bisect`` found. True if nothing is wrong.
 
     Args:
-        stage: the first that is wrong: "trace", "rewire", "aot" (AOTAutograd), "inductor", "schedule", "fence", "split"
-            (attention in parts) or "cache"; None: nothing is.
+        stage: the first that is wrong: "trace", "rewire", "causal" (masks skipped), "aot" (AOTAutograd), "inductor",
+            "schedule", "fence", "split" (attention in parts) or "cache"; None: nothing is.
         layer, half: decoder layer, and "attention", "moe" or "mlp" of it; a half is None where both are needed, or where
             nothing needs to be converted.
         conversion: of the smallest reproducer: a connectivity for each layer that is converted.

@@ -1,7 +1,7 @@
 """The runs that ``bisect`` compares: one model and one call, at growing pipelines, with some layers converted; and what each
 run should give.
 
-    model's forward -> Dynamo -> rewire | aot | inductor | schedule | fence | split       (each stage has all before it)
+    model's forward -> Dynamo -> rewire | causal | aot | inductor | schedule | fence | split       (each stage has all before it)
 
 Terms
   names      the connectivity of each decoder layer
@@ -61,7 +61,8 @@ class Stage:
 
 
 _STAGES = (
-    Stage(name="rewire", options={"inner": "eager"}),
+    Stage(name="rewire", options={"inner": "eager", "causal_attention": False}),
+    Stage(name="causal", options={"inner": "eager"}),                                   # masks skipped
     Stage(name="aot", options={"inner": "aot_eager", "overlap": False}),                # AOTAutograd
     Stage(name="inductor", options={"overlap": False}),                                 # stock
     Stage(name="schedule", options={"overlap": False}, schedule_alone=True),            # nothing that keeps its order
@@ -72,12 +73,11 @@ _STAGES = (
 
 def stages_of(config: FarskipConfig) -> tuple[Stage, ...]:
     """The pipelines up to that of ``config``, smallest first."""
-    if config.inner == "eager":
-        names = ["rewire"]
-    elif config.inner == "aot_eager":
-        names = ["rewire", "aot"]
-    else:
-        names = ["rewire", "aot", "inductor", *(["schedule", "fence"] if config.overlap else [])]
+    names = ["rewire", *(["causal"] if config.causal_attention else [])]
+    if config.inner != "eager":
+        names.append("aot")
+    if config.inner == "inductor":
+        names += ["inductor", *(["schedule", "fence"] if config.overlap else [])]
     if config.inner != "eager" and config.overlap and config.attention_parts > 1 and config.names:
         names.append("split")
     return tuple(stage for stage in _STAGES if stage.name in names)
