@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from .calibrate import calibrate_for, ranks_of, typical
-from .diagnose.explain import explain
+from .diagnose.explain import predicted_graphs
 from .passes._torch import size_hint
 from .passes.costs import Rates, kernel_key
 
@@ -48,8 +48,7 @@ def profile_kernels(model: nn.Module, *args, rates: Rates | None = None, config=
 
 def kernels_of(model: nn.Module, *args, config=None, gradients: bool | None = None, **inputs) -> dict[str, Node]:
     """One node for each kernel of ``model``, converted or not, by its key."""
-    graphs: list[torch.fx.GraphModule] = []
-    explain(model, *args, config=config, gradients=gradients, graphs=graphs, **inputs)
+    graphs = predicted_graphs(model, *args, config=config, gradients=gradients, **inputs)
     found: dict[str, Node] = {}
     for node in itertools.chain.from_iterable(graph.graph.nodes for graph in graphs):
         if isinstance(node.target, torch._ops.OpOverload) and (key := kernel_key(node)):

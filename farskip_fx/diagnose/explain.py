@@ -45,7 +45,7 @@ PHASES = ("forward", "backward")
 
 
 def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = None, gradients: bool | None = None,
-            predict: bool = True, fold: bool = True, graphs: list[GraphModule] | None = None, **inputs) -> Report:
+            predict: bool = True, fold: bool = True, **inputs) -> Report:
     """What would change in ``model``, and why not; what would run when, before and after.
 
     Nothing of the model is run below its decoder, and nothing is compiled: weights may be on the meta device. Every rank of
@@ -59,7 +59,6 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
         gradients: predict the backward too; None: if the model is in training mode and gradients are on.
         predict: lower the graph and simulate it; False: the rewiring alone.
         fold: trace a few of many equal layers; the report says so (``folded``).
-        graphs: a list that gets the graphs behind ``phases``, those of the original connectivity first.
 
     Returns:
         A ``Report``; ``phases`` has the original connectivity in the order of stock Inductor as ``before``.
@@ -70,6 +69,21 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
 
     A graph that breaks is no error here: ``unchanged`` says where, and what helps.
     """
+    tracer, how = _explained(model, args, inputs, config=config, gradients=gradients, predict=predict, fold=fold)
+    report = tracer.report
+    report.model, report.rank, report.module = type(model).__name__, rank(), weakref.ref(model)
+    return unfold(report, how) if isinstance(how, Folded) else report
+
+
+def predicted_graphs(model: nn.Module, *args, config: FarskipConfig | Mapping | None = None, gradients: bool | None = None,
+                     **inputs) -> list[GraphModule]:
+    """The graphs behind the ``phases`` of ``explain``: those of the original connectivity, then the rewired ones. Of many equal
+    layers they have a few. Arguments and errors as of ``explain``."""
+    return _explained(model, args, inputs, config=config, gradients=gradients, predict=True, fold=True)[0].graphs
+
+
+def _explained(model: nn.Module, args: tuple, inputs: dict, *, config: FarskipConfig | Mapping | None,
+               gradients: bool | None, predict: bool, fold: bool) -> tuple[_Tracer, Folded | None]:
     converted = converted_of(model)
     owner = converted if converted is not None else _owner(model)
     forward = converted.forward.__wrapped__ if converted is not None else owner.forward
@@ -83,14 +97,10 @@ def explain(model: nn.Module, *args, config: FarskipConfig | Mapping | None = No
                 model(*args, **inputs)
         except Reached:
             pass
-    report = tracer.report
-    if report is None:
+    if tracer.report is None:
         raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__} ({type(owner).__name__}), so there is "
                          "nothing to explain: call it as it runs, with input_ids for example")
-    if graphs is not None:
-        graphs += tracer.graphs
-    report.model, report.rank, report.module = type(model).__name__, rank(), weakref.ref(model)
-    return unfold(report, how) if isinstance(how, Folded) else report
+    return tracer, how
 
 
 def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, causal: bool = False,
