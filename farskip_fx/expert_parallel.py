@@ -108,7 +108,8 @@ def expert_parallel(model: nn.Module, group: DeviceMesh | dist.ProcessGroup | No
             `"all_to_all_pairs"`, where a token travels once for each of its experts; or `"all_gather"`, without counts, for
             equally many tokens on each rank. All ranks have the same tokens: `"all_reduce"`. See exchanges.py.
         chunks: cut the tokens into so many parts, so that experts of one run while another travels. The same numbers. "auto": two
-            where the exchanges take at least half of the experts' time by ``rates`` (``farskip_fx/chunks.py``), else one.
+            where the exchanges take at least half of the experts' time by ``rates``, four where they take three times as long
+            (``farskip_fx/chunks.py``), else one.
         payload: `"int8"` or `"fp8"`: rows travel rounded to a byte a value. Not the same numbers. `""`: as they are. None:
             as the model's conversion or checkpoint says (`config.farskip`), else as they are.
         backward_payload: likewise for gradients of rows.
@@ -182,14 +183,13 @@ def _process_group(group: DeviceMesh | dist.ProcessGroup | None, exchange: str) 
         raise RuntimeError(
             "expert_parallel needs torch.distributed: call torch.distributed.init_process_group first (under torchrun)"
         )
-    if (exchange == "hierarchical") != (isinstance(group, DeviceMesh) and group.ndim == 2):
-        if exchange == "hierarchical":
-            raise ValueError("exchange='hierarchical' needs a mesh of two dimensions, nodes and the ranks of a node: pass e.g. "
-                             "mesh['node', 'local']")
-        if isinstance(group, DeviceMesh) and group.ndim != 1:
-            raise ValueError(
-                f"expert_parallel needs one mesh dimension, got {group.ndim} ({group.mesh_dim_names}): pass e.g. mesh['ep']"
-            )
+    dimensions = group.ndim if isinstance(group, DeviceMesh) else 1
+    if exchange == "hierarchical" and dimensions != 2:
+        raise ValueError("exchange='hierarchical' needs a mesh of two dimensions, nodes and the ranks of a node: pass e.g. "
+                         "mesh['node', 'local']")
+    if exchange != "hierarchical" and dimensions != 1:
+        raise ValueError(f"expert_parallel needs one mesh dimension, got {dimensions} ({group.mesh_dim_names}): pass e.g. "
+                         "mesh['ep'], or exchange='hierarchical' for nodes and the ranks of a node")
     if isinstance(group, DeviceMesh):
         group = group.get_group() if group.ndim == 1 else _whole(group)
     group = dist.group.WORLD if group is None else group
