@@ -118,12 +118,12 @@ def _figures(mode: str, result: dict) -> str:
         f"limit max(compute, comm) {result['limit_ms']:.0f} ms, bound of the connectivity {result['bound_ms']:.0f} ms",
     ]
     by_name = {one["name"]: one for one in result["variants"]}
-    if "farskip" in by_name and set(by_name) & set(PEERS):
-        for name, what in ((result["best_exact"], "the best with the model's own connectivity"),
-                           ("overlapped_eager", "farskip by hand")):
-            if name in by_name:
-                times = by_name[name]["slow_ms"] / by_name["farskip"]["slow_ms"]
-                lines.append(f"farskip over {name} ({what}), slow link: {times:.2f}x")
+    others = ((result["best_exact"], "the best with the model's own connectivity"), ("overlapped_eager", "farskip by hand"))
+    for ours in ("farskip", "farskip_chunks") if set(by_name) & set(PEERS) else ():
+        for name, what in others:
+            if ours in by_name and name in by_name:
+                times = by_name[name]["slow_ms"] / by_name[ours]["slow_ms"]
+                lines.append(f"{ours} over {name} ({what}), slow link: {times:.2f}x")
     if result["hidden"] is not None:
         ends = "the first or last exchange" + " or the last mean" * (mode == "step")
         inner = "" if result["hidden_inner"] is None else f"; {result['hidden_inner']:.0%} of what is not {ends}"
