@@ -98,10 +98,23 @@ def test_standard_hides_nothing_but_behind_what_is_free():
         assert phase.seconds >= max(phase.compute, phase.link)
 
 
+def half_of(step, *names):
+    return [[dataclasses.replace(p, **{n: getattr(p, n) / 2 for n in names}) for p in graph] for graph in step.layers]
+
+
+def test_chunks_break_the_chain_of_exchanges_and_experts():
+    step = stack(link=2.0)
+    chunked = dataclasses.replace(step, chunk=half_of(step, *PARTS))
+    for name in ("none", "farskip"):
+        reads = reads_of(step.layers[0], name)
+        for one, other in zip(step.times(reads), chunked.times(reads)):
+            assert other.compute == pytest.approx(one.compute) and other.link == pytest.approx(one.link)
+            assert max(other.compute, other.link) <= other.seconds < one.seconds
+
+
 def test_two_halves_share_compute_and_link():
     step = stack()
-    half = [[dataclasses.replace(p, **{n: getattr(p, n) / 2 for n in (*PARTS, "first", "second")}) for p in graph]
-            for graph in step.layers]
+    half = half_of(step, *PARTS, "first", "second")
     halves = dataclasses.replace(step, layers=half, head=[h / 2 for h in step.head])
     whole, both = (one.times([Reads()] * 12, copies=n) for one, n in ((step, 1), (halves, 2)))
     for one, other in zip(whole, both):
@@ -176,13 +189,13 @@ def test_a_plan_as_json_and_page(traced):
     data = json.loads(json.dumps(plan.to_dict()))
     assert [p["ep"] for p in data["by_ep"]] == [2, 4, 8] and data["best"] in (2, 4, 8) and data["unknown"]
     for point in [data["asked"], *data["by_ep"], *data["by_link"]]:
-        none, farskip, halves = point["variants"]
+        none, farskip, chunks, halves = point["variants"]
         assert none["step_s"] >= farskip["step_s"] > 0 and none["exposed_s"] >= farskip["exposed_s"] >= 0
-        assert math.isfinite(halves["step_s"]) and point["gain"] >= 1
+        assert math.isfinite(halves["step_s"] + chunks["step_s"]) and point["gain"] >= 1
     by_link = [p["variants"][0]["step_s"] for p in data["by_link"]]
     assert by_link == sorted(by_link, reverse=True)
     html = page(plan)
-    assert "<script" not in html and "&lt;script" in html and "\x1b" not in html and html.count("<polyline") == 6
+    assert "<script" not in html and "&lt;script" in html and "\x1b" not in html and html.count("<polyline") == 8
     with pytest.raises(fs.ConfigError, match="are 4 ranks, not the 8"):
         make(planner, gpus=8, ep=2, dp=2, device="h100", link="40GB/s")
 

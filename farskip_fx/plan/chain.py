@@ -4,6 +4,7 @@
               which of them a layer waits for follows from the reads of its connectivity
     backward  the same edges turned round (``Problem.mirror``), with the backward's own seconds; weight gradients of experts
               wait for the first exchange that arrives, and nothing waits for them
+    chunks    the same with each MoE's exchanges and experts in two halves, which wait for one another only on the link
     halves    two copies with half of the tokens each, original connectivity, their exchanges in turn: exact overlap of two
               micro-batches. The backward of one is not mixed with the forward of the other, as DualPipe does.
 
@@ -42,11 +43,13 @@ class Step:
     Args:
         layers: of each graph, see ``Traced.pieces``.
         head: seconds in front of the backward and behind the forward, of each graph; first: embedding and the like.
+        chunk: layers with half of the tokens: exchanges and routed experts run as two of these; None: as one.
     """
     layers: Sequence[Sequence[Piece]]
     first: Sequence[float]
     head: Sequence[float]
     exchange: ExchangeSeconds
+    chunk: Sequence[Sequence[Piece]] | None = None
 
     def times(self, reads: Sequence[Reads], *, copies: int = 1, share: float = 0.0) -> list[Times]:
         """Forward, and backward where there is one. ``copies`` of the step run beside each other."""
@@ -102,17 +105,24 @@ class _Chain(Tasks):
             read = [*read, self._added[i, "attention", "all"]]
         self._added[i, "mlp", "shared"] = item("side", read)
         if pieces[0].first_launches:
-            # Turned round, what the forward's second exchange brings back is what the backward's first one sends.
-            names = (("before", "inner", "after"), ("after", "inner", "before"))
-            ready, done, home = ([getattr(p, name[k]) for p, name in zip(pieces, names)] for k in range(3))
-            arrived = self._travel(self._both(ready, read or [self._start]), pieces, ("first", "second"))
-            free = self._both([0.0, *(p.weights for p in pieces[1:])], [])
-            back = self._travel(self._both(done, [arrived]), pieces, ("second", "first"), free)
-            self._added[i, "mlp", "routed"] = self._both(home, [back])
+            one = [graph[i] for graph in self.step.chunk] if self.step.chunk else pieces
+            self._added[i, "mlp", "routed"] = self._routed(one, read or [self._start], 2 if self.step.chunk else 1)
         parts = ((i, "attention", "all"), (i, "mlp", "shared"), (i, "mlp", "routed"))
         everything = [self._added[part] for part in parts if part in self._added]
         self._states[i] = [self._both([0.0, 0.0], [*everything, *(self._states[earlier[-1]] if earlier else ())])]
         earlier.append(i)
+
+    def _routed(self, pieces: list[Piece], read: list[int], parts: int) -> int:
+        # Turned round, what the forward's second exchange brings back is what the backward's first one sends.
+        names = (("before", "inner", "after"), ("after", "inner", "before"))
+        ready, done, home = ([getattr(p, name[k]) for p, name in zip(pieces, names)] for k in range(3))
+        # Launches run in the order in which they are made: all that go first.
+        arrived = [self._travel(self._both(ready, read), pieces, ("first", "second")) for _ in range(parts)]
+        back = []
+        for one in arrived:
+            free = self._both([0.0, *(p.weights for p in pieces[1:])], [])
+            back.append(self._travel(self._both(done, [one]), pieces, ("second", "first"), free))
+        return self._both([0.0, 0.0], [self._both(home, [one]) for one in back])
 
     def end(self) -> None:
         self._both(self.step.head, self._states[self._stream[0][-1]])
@@ -122,7 +132,8 @@ class _Chain(Tasks):
         return self._item(seconds[0], before)
 
     def _travel(self, source: int, pieces: Sequence[Piece], which: tuple[str, str], *more: int) -> int:
-        took = [self.step.exchange(getattr(p, name), getattr(p, f"{name}_launches")) for p, name in zip(pieces, which)]
+        parts = 2 if self.step.chunk else 1
+        took = [self.step.exchange(getattr(p, name) / parts, getattr(p, f"{name}_launches")) for p, name in zip(pieces, which)]
         self.back_links.append(took[1] if len(took) > 1 else 0.0)
         wait = self._exchange(source, took[0])
         self.before[self._launch[0]] += more

@@ -13,13 +13,13 @@ from .planner import Plan, Point
 from .show import ends_lines, label, memory_line
 
 _STYLE = """
-:root { color-scheme: light dark; --a: #888; --b: #1a7f5a; --c: #b5651d; }
+:root { color-scheme: light dark; --a: #888; --b: #1a7f5a; --c: #b5651d; --d: #7a5195; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; } td, th { padding: .2rem .7rem; text-align: right; }
 th { border-bottom: 1px solid var(--a); } td:first-child, th:first-child { text-align: left; }
 svg { width: 100%; height: auto; } text { font: 11px system-ui, sans-serif; fill: currentColor; } .note { color: var(--a); }
 """
-_COLOURS = ("var(--a)", "var(--b)", "var(--c)")
+_COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 60, 40
 
 

@@ -35,6 +35,11 @@ UNKNOWN = (
 )
 
 
+def chunked(connectivity: str) -> str:
+    """The variant with exchanges and experts in two chunks (``expert_parallel(chunks=2)``)."""
+    return f"{connectivity}, 2 chunks"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one rank."""
@@ -59,7 +64,7 @@ class Predicted:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One place: ``variants`` are the original connectivity, the chosen one, and two halves."""
+    """One place: ``variants`` are the original connectivity, the chosen one, that with exchanges in two chunks, and two halves."""
     ep: int
     dp: int
     link_bytes: float
@@ -138,7 +143,8 @@ class Planner:
         def exchange(payload: float, launches: int) -> float:
             return network.seconds(payload * scale, ep, launches)
 
-        variants = tuple(self._variant(name, ep, dp, exchange, network) for name in (STANDARD, self.connectivity, HALVES))
+        names = (STANDARD, self.connectivity, chunked(self.connectivity), HALVES)
+        variants = tuple(self._variant(name, ep, dp, exchange, network) for name in names)
         memory, first = self._memory(ep, dp), variants[0].phases
         link = network.between if ep > network.node else network.inside
         sent = sum(p.first + p.second for graph in self.whole for p in graph) * scale
@@ -167,8 +173,10 @@ class Planner:
         share = self.rates.link_compute_share
         # What belongs to no layer is the stream's additions; they stand between the layers, here in front.
         step = Step(layers=pieces, first=rest, head=[s / count for s in self._head()],
-                    exchange=(lambda b, n: exchange(b / 2, n)) if halves else exchange)
-        phases = step.times(self.reads[STANDARD if halves else name], copies=count, share=share)
+                    exchange=(lambda b, n: exchange(b / 2, n)) if halves else exchange,
+                    chunk=self.half if name == chunked(self.connectivity) else None)
+        reads = self.reads[STANDARD if name in (STANDARD, HALVES) else self.connectivity]
+        phases = step.times(reads, copies=count, share=share)
         seconds = [t.seconds for t in phases]
         moved = self._parameters_moved(ep, dp, network)
         seconds = [max(own, t.link + more) for own, t, more in zip(seconds, phases, moved)]

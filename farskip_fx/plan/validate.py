@@ -24,10 +24,10 @@ from ..errors import ConfigError, FarskipError
 from ..passes.costs import Rates
 from .devices import Link
 from .exchanges import Network
-from .planner import STANDARD, Planner, Point
+from .planner import STANDARD, Planner, Point, chunked
 from .traced import Traced, trace
 
-MEASURED = {"stock": STANDARD, "farskip": "farskip"}
+MEASURED = {"stock": STANDARD, "farskip": "farskip", "farskip_chunks": chunked("farskip")}
 WANTED = 0.15
 
 
@@ -69,7 +69,7 @@ def _rows(name: str, mode: str, result: Mapping) -> Iterator[Row]:
         print(f"{name}, {mode}: several ranks shared a core, so times mean nothing there; left out", file=sys.stderr)
         return
     traced = {variant: trace_shape(Shape(**result["shape"]), training=mode != "forward", ep=result["ep"], causal=variant != "stock")
-              for variant in MEASURED}
+              for variant in MEASURED if variant != "farskip_chunks" or result.get("chunks", 2) == 2}       # as planned
     for point in result["curve"]:
         for variant in point["variants"]:
             if (model := traced.get(variant["name"])) is not None:
