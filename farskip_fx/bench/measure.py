@@ -268,7 +268,7 @@ class Measurement:
                 "rows_of_ranks": self.rows_of_ranks,
                 "exchanges": [{"kind": exchange.kind, "bytes_leaving": exchange.leaving} for exchange in self.flat()],
                 "traffic": self.traffic(), "compute_rates": self.compute_rates, "shape": self.shape.__dict__,
-                "dp": self.spec.dp, "ep": EP, "ranks_on_a_core": self.parent.sharing}
+                "dp": self.spec.dp, "ep": EP, "chunks": self.spec.chunks, "ranks_on_a_core": self.parent.sharing}
 
     def traffic(self) -> dict[str, Any]:
         """Bytes that rank 0 puts on the link in a step."""

@@ -63,7 +63,10 @@ def kernels(model: nn.Module, ids: Tensor, connectivity: str, *, gradients: bool
 
     from farskip_fx.kernels import kernels_of, measured
 
-    nodes = kernels_of(model, config={"connectivity": connectivity}, gradients=gradients, input_ids=ids, use_cache=False)
+    nodes = {}
+    for causal in (True, False):        # stock's attention has its mask
+        nodes |= kernels_of(model, config={"connectivity": connectivity, "causal_attention": causal}, gradients=gradients,
+                            input_ids=ids, use_cache=False)
     return measured(nodes, dist.group.WORLD)
 
 
