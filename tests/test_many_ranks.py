@@ -89,7 +89,7 @@ def equal_to_one_process(rank: int, exchange: str, experts: int) -> dict:
     return of_two.compare(model, reference, *of_two.rank_inputs("qwen3_moe", rank, exchange))
 
 
-@pytest.mark.parametrize("world", [pytest.param(8, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [8, 16])
 @pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
 def test_equal_to_one_process(world, exchange):
     """One expert on each of 16 ranks, two on each of 8."""

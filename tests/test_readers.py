@@ -31,7 +31,7 @@ from farskip_fx.distill.structure import LayerStructure
 from farskip_fx.errors import CheckpointError, FarskipError
 from farskip_fx.passes.costs import Rates
 
-INPUTS = int(os.environ.get("FUZZ_INPUTS", 100))
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
 JUNK = (None, "", "x", "none", -1, 0, 1, 2**70, 0.5, float("inf"), float("nan"), True, [], [0], [[]], {}, {"a": 1}, "\0", "../..",
         "1-", "99999999999", "<script>")
 
