@@ -3,8 +3,10 @@
 In chunks the experts of one part run while another part travels, so of two exchanges and the experts between them the
 larger remains and not the sum. That pays where the exchanges take a good part of the experts' time, and costs where the link
 is fast: more, smaller kernels. What no chunk hides is the first part's dispatch and the last one's combine: where the
-exchanges take much longer than the experts, more and smaller parts leave less of that. Both times grow with the number of tokens, so their ratio does not depend on it, and ranks with
-other numbers of tokens decide alike; ``rates`` are equal on all ranks.
+exchanges take much longer than the experts, more and smaller parts leave less of that.
+
+Both times grow with the number of tokens, so their ratio does not depend on it, and ranks with other numbers of tokens decide
+alike; ``rates`` are equal on all ranks.
 """
 from __future__ import annotations
 

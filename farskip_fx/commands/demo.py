@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bench.run import run
-from ..bench.spec import Spec
+from ..bench.spec import VARIANTS, Spec
 from .bench import report
 from .common import screen
 
 TEXT = """\
 The main job: HF Qwen3-MoE (hidden 512, 4 layers, 8 experts, top-2, 2048 tokens a rank) over two ranks: what is rewired,
-which exchange hides behind what, and the times of four variants, forward and forward+backward. About ten minutes on two
-cores; with --quick two layers, forward only, in under three."""
+which exchange hides behind what, and the times of five variants (the last: exchanges in four chunks), forward and
+forward+backward. About ten minutes on two cores; with --quick two layers, forward only, four variants, in under three."""
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
@@ -28,9 +28,10 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    spec = Spec(budget_s=75.0)
+    spec = Spec(variants=(*VARIANTS, "farskip_chunks"), chunks=4, budget_s=75.0)
     if args.quick:
-        spec = replace(spec, forward=replace(spec.forward, layers=2), modes=("forward",), rounds=5, budget_s=25.0)
+        spec = replace(spec, forward=replace(spec.forward, layers=2), variants=VARIANTS, modes=("forward",), rounds=5,
+                       budget_s=25.0)
     console = screen()
     console.print(f"the demo: {'two layers, forward only; about three' if args.quick else 'about ten'} minutes on two "
                   "cores that do nothing else", highlight=False)
