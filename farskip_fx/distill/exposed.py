@@ -84,7 +84,10 @@ class Deployment:
         return cls(**(options or {}))
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """As JSON has it. Without kernels where none were measured: releases before them wrote none."""
+        data = dataclasses.asdict(self)
+        kernels = dict(data["rates"].pop("kernels"))
+        return {**data, "rates": {**data["rates"], **({"kernels": kernels} if kernels else {})}}
 
 
 def _rates(given) -> Rates:
