@@ -195,11 +195,17 @@ def _shared(kept: dict | None, group: dist.ProcessGroup | None, ranks: int) -> d
 
 
 def _agreed(found: dict[str, float], group: dist.ProcessGroup | None, ranks: int) -> dict[str, float]:
-    if ranks == 1:
-        return found
-    everyone: list = [None] * ranks
-    dist.all_gather_object(everyone, found, group=group)
+    everyone = gathered(found, group, ranks)
     return {name: statistics.median(one[name] for one in everyone) for name in found}
+
+
+def gathered(own: object, group: dist.ProcessGroup | None, ranks: int) -> list:
+    """What each of the ranks has."""
+    if ranks == 1:
+        return [own]
+    everyone: list = [None] * ranks
+    dist.all_gather_object(everyone, own, group=group)
+    return everyone
 
 
 # --- kept --------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ from .routes import ExpertGroup, Once, Options, Pairs, RunExperts, exchange_coun
 
 def all_to_all_experts(
     run_experts: RunExperts, num_local_experts: int, group: ExpertGroup, tokens: Tensor, expert_ids: Tensor, weights: Tensor,
-    options: Options = Options(), *, route: type[Once] | type[Pairs] | None = None,
+    options: Options = Options(), *, route: type[Once] | type[Pairs] = Once,
 ) -> Tensor:
     """Runs each token's experts where they are.
 
@@ -60,7 +60,6 @@ def all_to_all_experts(
     Returns:
         [tokens, hidden], weighted and summed over top_k, in the dtype of `tokens`.
     """
-    route = route or Once
     parts = [route(num_local_experts, group, options, *part) for part in parts_of(options.chunks, tokens, expert_ids, weights)]
     received = exchange_counts(torch.stack([part.counts for part in parts], dim=1), group)
     tables = torch.cat([part.sizes(received[:, i]) for i, part in enumerate(parts)])

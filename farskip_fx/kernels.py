@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from .calibrate import calibrate_for, ranks_of, typical
+from .calibrate import calibrate_for, gathered, ranks_of, typical
 from .diagnose.explain import predicted_graphs
 from .passes._torch import size_hint
 from .passes.costs import Rates, kernel_key
@@ -58,12 +58,13 @@ def kernels_of(model: nn.Module, *args, config=None, gradients: bool | None = No
 
 def measured(nodes: dict[str, Node], group: dist.ProcessGroup | None) -> dict[str, float]:
     """Seconds by key, the same on all ranks of ``group``; None: this rank alone."""
-    everyone = _told(sorted(nodes), group)
+    ranks = 1 if group is None else dist.get_world_size(group)
+    everyone = gathered(sorted(nodes), group, ranks)
     shared = [key for key in everyone[0] if all(key in one for one in everyone)]        # in one order
     together = None if group is None else lambda: dist.barrier(group)
     own = {key: _seconds(nodes[key], together) for key in shared}
-    ranks = _told(own, group)
-    return {key: statistics.median(one[key] for one in ranks) for key in shared if all(one[key] for one in ranks)}
+    found = gathered(own, group, ranks)
+    return {key: statistics.median(one[key] for one in found) for key in shared if all(one[key] for one in found)}
 
 
 def _seconds(node: Node, together: Callable[[], None] | None) -> float | None:
@@ -117,12 +118,3 @@ def _like(fake: Tensor, rows: int) -> Tensor:
 
 def _first(node: Node) -> Tensor:
     return node.all_input_nodes[0].meta["val"]
-
-
-def _told(own: object, group: dist.ProcessGroup | None) -> list:
-    """What each rank of ``group`` has."""
-    if group is None:
-        return [own]
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own, group=group)
-    return everyone

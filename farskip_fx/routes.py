@@ -69,12 +69,12 @@ def on_host(table: Tensor, hints: list[int]) -> list[list[int]]:
 
     One tensor, and that one copied to the host first: `.tolist()` on a device tensor synchronises once an element.
     """
-    on_host = table.cpu()
+    there = table.cpu()
     if not torch.compiler.is_compiling():
-        return on_host.tolist()
+        return there.tolist()
     allow_scalar_outputs()
     with patch_dynamo_config(capture_scalar_outputs=True):  # for the tracing of this line only
-        rows = on_host.tolist()
+        rows = there.tolist()
     for row, hint in zip(rows, hints):
         for number in row:
             torch._check(number >= 0)

@@ -8,8 +8,8 @@
     assert run_ranks(add_one, world_size=2, start=1) == [2.0, 2.0]
 
 Each rank is a process forked from one that has imported torch, transformers and the tests' models and run nothing, with one
-OpenMP thread and no visible accelerator, inside an initialised default process group. Its result, or its traceback, comes back as a file; nothing is shared with the parent, so that a rank which
-dies takes nothing with it. The first rank to fail ends the run: the others would wait for it in a collective.
+OpenMP thread and no visible accelerator, inside an initialised default process group. Its result, or its traceback, comes back
+as a file; nothing is shared with the parent, so that a rank which dies takes nothing with it. The first rank to fail ends the run: the others would wait for it in a collective.
 
 `run_each_rank` is for tests of failures: it returns what became of each rank and waits for what the others make of it.
 """

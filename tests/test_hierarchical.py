@@ -41,7 +41,7 @@ def test_equal_to_one_process(world, nodes):
 
 
 def rewired(rank, compiled):
-    """Every connectivity as rewired graphs, then one through Inductor, forward and backward, while a rank is late."""
+    """Every connectivity as rewired graphs, then one through Inductor, forward and backward."""
     mesh, failures = mesh_of(2), {}
     model, plain = of_two.twins("deepseek_v3")
     tokens = families.inputs("deepseek_v3", seed=rank)
