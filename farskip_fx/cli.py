@@ -14,12 +14,16 @@ from .errors import FarskipError
 VERBS = (demo, explain, plan, diff, profile, bisect, calibrate, bench, distill, sweep, sensitivity)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="farskip", description="FarSkip connectivity for MoE models.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+def parser() -> argparse.ArgumentParser:
+    all_verbs = argparse.ArgumentParser(prog="farskip", description="FarSkip connectivity for MoE models.")
+    verbs = all_verbs.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in VERBS:
         verb.add(verbs)
-    args = parser.parse_args(argv)
+    return all_verbs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
         return args.run(args)
     except (SpecError, LinkRefused, RankFailed, FarskipError) as error:

@@ -2,6 +2,7 @@
 
     python -m farskip_fx.bench.growth                                   4 to 128 layers, and a compile of 2
     python -m farskip_fx.bench.growth --layers 4 16 --compile-layers 0  tracing only
+    python -m farskip_fx.bench.growth --json build/growth.json          with everything in a file, too
 
 Three tables, each row from a process of its own:
 
@@ -28,6 +29,7 @@ import tracemalloc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -152,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 16, 64, 128], metavar="N", help="(4 16 64 128)")
     parser.add_argument("--compile-layers", type=int, default=2, metavar="N", help="really compiled; 0: none (2)")
     parser.add_argument("--no-memory", action="store_true", help="no second process for the memory of our passes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
@@ -166,13 +169,14 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{layers} layers traced", highlight=False)
     if rows:
         console.print(growth_table(rows))
-    recompiles = 0
+    found = {}
     if args.compile_layers:
         with tempfile.TemporaryDirectory(prefix="farskip-") as cache:
             found = {name: child("compile", str(args.compile_layers), cache=cache) for name in ("first", "second")}
         console.print(compile_table(found))
-        recompiles = sum(row["recompiles"] for row in found.values())
-    return 1 if recompiles else 0
+    if args.json:
+        args.json.write_text(json.dumps({"traced": rows, "compiled": found}, indent=1) + "\n")
+    return 1 if any(row["recompiles"] for row in found.values()) else 0
 
 
 def _as_child(what: str, layers: str) -> int:

@@ -114,16 +114,19 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    return report(run(spec_of(args), screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
+                      verbose=args.verbose))
+
+
+def spec_of(args: argparse.Namespace) -> Spec:
     usual = {"family": args.family, "routing": args.routing, **({"top_k": 1} if args.family == "llama4" else {})}
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     shape = replace(Shape(), **{**usual, **(QUICK if args.quick else {}), **given})
     rounds = args.rounds if args.rounds is not None else (3 if args.quick else 8)
-    spec = Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
+    return Spec(forward=shape, train=shape, modes=BOTH if args.mode == "both" else (args.mode,),
                 variants=in_order([*args.variants, *(PEERS if args.peers else ())]), ratios=tuple(args.comm_ratio),
                 rounds=rounds, budget_s=args.budget, seed=args.seed, dp=args.dp, bucket_mb=args.bucket_mb,
                 connectivity=args.connectivity, exchange=args.exchange, chunks=args.chunks)
-    return report(run(spec, screen(), kinds=("loopback",) if args.no_netns else KINDS, json_path=args.json,
-                      verbose=args.verbose))
 
 
 def in_order(variants: Sequence[str]) -> tuple[str, ...]:

@@ -4,23 +4,21 @@ Names come from the user and are text: everything is escaped.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 
+from ..view.plot import lines
 from ..view.text import plain
 from .planner import Plan, Point
 from .show import ends_lines, label, memory_line
 
 _STYLE = """
-:root { color-scheme: light dark; --a: #888; --b: #1a7f5a; --c: #b5651d; --d: #7a5195; }
+:root { color-scheme: light dark; --a: #888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; } td, th { padding: .2rem .7rem; text-align: right; }
 th { border-bottom: 1px solid var(--a); } td:first-child, th:first-child { text-align: left; }
-svg { width: 100%; height: auto; } text { font: 11px system-ui, sans-serif; fill: currentColor; } .note { color: var(--a); }
+svg { width: 100%; height: auto; }
 """
-_COLOURS = ("var(--a)", "var(--b)", "var(--c)", "var(--d)")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 260, 60, 40
 
 
 def page(plan: Plan) -> str:
@@ -65,26 +63,5 @@ def _curve(points: Sequence[Point], at: Sequence[float], unit: str) -> str:
     """Step times over ``at``, in powers of two."""
     if len(points) < 2:
         return ""
-    logs = [math.log2(x) for x in at]
-    most = max(v.step_s for p in points for v in p.variants)
-
-    def x(value: float) -> float:
-        return _LEFT + (value - logs[0]) / (logs[-1] - logs[0]) * (_WIDTH - _LEFT - 130)
-
-    def y(seconds: float) -> float:
-        return (_HEIGHT - _BOTTOM) * (1 - seconds / most) + 12
-
-    parts = [f'<line x1="{_LEFT}" x2="{_WIDTH - 130}" y1="{y(0):.1f}" y2="{y(0):.1f}" stroke="currentColor"/>']
-    for share in (0.25, 0.5, 0.75, 1.0):
-        seconds = most * share
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(seconds) + 4:.1f}" text-anchor="end">{seconds * 1e3:,.0f} ms</text>')
-    for value, log in zip(at, logs):
-        parts.append(f'<text x="{x(log):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{value:,.3g}</text>')
-    parts.append(f'<text x="{_WIDTH - 124}" y="{y(0) + 16:.1f}">{escape(unit)}</text>')
-    for number, colour in enumerate(_COLOURS):
-        line = " ".join(f"{x(log):.1f},{y(p.variants[number].step_s):.1f}" for log, p in zip(logs, points))
-        last = points[-1].variants[number]
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                     f'<rect x="{_WIDTH - 118}" y="{16 + 18 * number}" width="10" height="10" fill="{colour}"/>'
-                     f'<text x="{_WIDTH - 102}" y="{25 + 18 * number}">{escape(label(last.name))}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="step time">{"".join(parts)}</svg>'
+    return lines("Step time", unit, "ms", {label(variant.name): {x: p.variants[number].step_s * 1e3 for x, p in zip(at, points)}
+                                           for number, variant in enumerate(points[0].variants)})
