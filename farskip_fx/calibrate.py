@@ -1,6 +1,7 @@
 """``calibrate``: what this device and this link can do, measured, and the same on every rank.
 
     rates = fs.calibrate(mesh["ep"])                 # some seconds; from a file the next time
+    rates = fs.calibrate(mesh["node"], also=[mesh["local"], mesh["dp"]])     # groups with links of their own
     fs.apply(model, rates=rates)
 
 Matrix products, attention and a loop at one size each, then exchanges of two sizes. Every rank measures; each figure is the
@@ -8,7 +9,6 @@ median of all of them, so that all ranks schedule with the same numbers.
 """
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +25,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from .passes._torch import process_group
+from .passes._torch import group_shape, process_group
 from .passes.costs import Rates
+from .routes import ExpertGroup
 
 VERSION = 1
 _STREAMED_BYTES = 256 << 20             # more than a cache holds
@@ -36,7 +37,8 @@ _REPEATS = 7
 
 def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: torch.device | str | None = None,
               dtype: torch.dtype = torch.float32, hidden: int = 1024, tokens: int = 2048, head_dim: int = 64,
-              cache: str | Path | None = "") -> Rates:
+              cache: str | Path | None = "",
+              also: Sequence[dist.ProcessGroup | DeviceMesh] = ()) -> Rates:
     """Measure ``Rates``. Collective over ``group``, never inside of a compile.
 
     Args:
@@ -44,34 +46,50 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
             the link's figures are those of ``Rates()``).
         device: None: this rank's CUDA device if there is one, else the CPU.
         dtype, hidden, tokens, head_dim: of the model; rates depend on sizes.
+        also: this rank's groups that have another link than ``group``: inside of a node, or between replicas. They go into
+            ``Rates.links``; the call is collective over all ranks then, each with its own groups in the same order.
         cache: a folder; "": the user's cache folder; None: measure in any case. Rank 0's file counts.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    group = group.get_group() if isinstance(group, DeviceMesh) else group
+    group, *others = (one.get_group() if isinstance(one, DeviceMesh) else one for one in (group, *also))
     ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    file = _file(cache, [device.type, _name(device), str(dtype), hidden, tokens, head_dim, ranks, torch.__version__])
-    kept = _shared(_read(file), group, ranks)
+    links = {group_shape(one.group_name): one for one in others if dist.get_world_size(one) > 1}
+    together = None if also else group          # the ranks that agree
+    key = [device.type, _name(device), str(dtype), hidden, tokens, head_dim, ranks, torch.__version__]
+    file = _file(cache, [*key, *links])
+    kept = _shared(_read(file), together)
     if kept is not None:
         return Rates(**kept)
     found = compute_rates(device=device, dtype=dtype, hidden=hidden, tokens=tokens, heads=max(1, hidden // head_dim),
                           head_dim=head_dim, together=(lambda: dist.barrier(group)) if ranks > 1 else None)
     if ranks > 1:
         found |= link_rates(group, device)
-    rates = Rates(**_agreed(found, group, ranks))
-    if file is not None and (ranks == 1 or dist.get_rank(group) == 0):
+    for shape, other in links.items():
+        found |= {(shape, name): value for name, value in link_rates(other, device).items() if name != "link_compute_share"}
+    agreed = _agreed(found, together)
+    rates = Rates(links={shape: (agreed.pop((shape, "link_bytes")), agreed.pop((shape, "link_latency"))) for shape in links}, **agreed)
+    if file is not None and (not dist.is_initialized() or dist.get_rank(together) == 0):
         _write(file, rates)
     return rates
 
 
 def calibrate_for(model: nn.Module) -> Rates:
-    """``calibrate`` at the sizes of ``model``, over the ranks that its experts are split over."""
-    return calibrate(ranks_of(model), **sizes_of(model))
+    """``calibrate`` at the sizes of ``model``, over the ranks that its experts are split over, and over both legs of a
+    hierarchical exchange."""
+    experts = _expert_group(model)
+    legs = () if experts is None else experts.levels
+    return calibrate(ranks_of(model), also=[process_group(leg.name) for leg in legs], **sizes_of(model))
 
 
 def ranks_of(model: nn.Module) -> dist.ProcessGroup | None:
     """Those that share its experts; None for a model that is not split."""
-    experts = next((g for p in model.parameters() if (g := getattr(p, "_farskip_expert_group", None)) is not None), None)
-    return None if experts is None else process_group(experts.group.name)
+    experts = _expert_group(model)
+    return None if experts is None else process_group(experts.name)
+
+
+def _expert_group(model: nn.Module) -> ExpertGroup | None:
+    marked = (getattr(p, "_farskip_expert_group", None) for p in model.parameters())
+    return next((shard.group for shard in marked if shard is not None), None)
 
 
 def sizes_of(model: nn.Module) -> dict:
@@ -185,17 +203,17 @@ def _exchange(group: dist.ProcessGroup | None, device: torch.device, leaving: in
 
 # --- one answer for all ranks --------------------------------------------------------------------------------------
 
-def _shared(kept: dict | None, group: dist.ProcessGroup | None, ranks: int) -> dict | None:
+def _shared(kept: dict | None, group: dist.ProcessGroup | None) -> dict | None:
     """Rank 0's: another rank may have no file, or an older one."""
-    if ranks == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return kept
     told = [kept]
     dist.broadcast_object_list(told, group=group, group_src=0)
     return told[0]
 
 
-def _agreed(found: dict[str, float], group: dist.ProcessGroup | None, ranks: int) -> dict[str, float]:
-    everyone = gathered(found, group, ranks)
+def _agreed(found: dict, group: dist.ProcessGroup | None) -> dict:
+    everyone = gathered(found, group, dist.get_world_size(group) if dist.is_initialized() else 1)
     return {name: statistics.median(one[name] for one in everyone) for name in found}
 
 
@@ -227,7 +245,7 @@ def _read(file: Path | None) -> dict | None:
     if file is None:
         return None
     try:
-        return dataclasses.asdict(Rates(**json.loads(file.read_text(encoding="utf-8"))))
+        return Rates(**json.loads(file.read_text(encoding="utf-8"))).to_dict()
     except (OSError, ValueError, TypeError):
         return None
 
@@ -236,5 +254,5 @@ def _write(file: Path, rates: Rates) -> None:
     """Whole or not at all, and for this user only."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(dataclasses.asdict(rates), indent=1), encoding="utf-8")
+    part.write_text(json.dumps(rates.to_dict(), indent=1), encoding="utf-8")
     os.replace(part, file)

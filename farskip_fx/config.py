@@ -120,6 +120,7 @@ class FarskipConfig:
         data = dataclasses.asdict(self)
         data["connectivity"] = dict(self.connectivity) if isinstance(self.connectivity, PerLayer) else self.connectivity
         data["layers"] = self.layers if isinstance(self.layers, str) else list(self.layers)
+        data["rates"] = None if self.rates is None else self.rates.to_dict()
         return data
 
     def to_json(self) -> str:

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,8 +64,10 @@ def overlap_patches(rates: Rates, *, max_memory: int | None = None, uuid_extra: 
         on_error: called with an exception of a pass, before the pass raises it.
         on_graph: called with "before" or "after" and a graph that is scheduled.
     """
-    spec = json.dumps({"rates": asdict(rates), "max_memory": max_memory, "extra": uuid_extra, "source": _source()},
-                      sort_keys=True)
+    # Which link a group has depends on its ranks, and Inductor's key has only its name.
+    shapes = _torch.group_shapes() if rates.links else {}
+    spec = json.dumps({"rates": rates.to_dict(), "groups": shapes, "max_memory": max_memory, "extra": uuid_extra,
+                       "source": _source()}, sort_keys=True)
     ours = {
         "post_grad_custom_post_pass": FarskipSchedule(spec, on_schedule, on_error, on_graph),
         "_pre_fusion_custom_pass": FarskipFence(spec, on_fence, on_error),

@@ -163,6 +163,24 @@ def group_size(name: str) -> int:
         return 1
 
 
+def group_shape(name: str) -> str:
+    """How many ranks the process group of that name has and how far they are apart, "8x1" (2.1): the same on all of its ranks,
+    and for all groups of a mesh dimension. "" where there is none in this process."""
+    import torch.distributed as dist
+    try:
+        ranks = dist.get_process_group_ranks(process_group(name))
+    except (ImportError, KeyError, LookupError, RuntimeError, TypeError, ValueError):
+        return ""
+    return f"{len(ranks)}x{ranks[1] - ranks[0] if len(ranks) > 1 else 0}"
+
+
+def group_shapes() -> dict[str, str]:
+    """Of every process group in this process, by name."""
+    import torch.distributed as dist
+    names = dist.distributed_c10d._world.pg_names.values() if dist.is_available() and dist.is_initialized() else ()
+    return {name: group_shape(name) for name in sorted(names)}
+
+
 # --- ops by what they do to the world: passes/schedule.py --------------------------------------------------------
 def is_view_op(target) -> bool:
     """Returns an alias of an argument and writes nothing (schema alias annotations, 1.0)."""

@@ -12,20 +12,21 @@ Terms
 Formulas
   kernel      flops / rate + overhead, and never less than its bytes / memory rate; measured, where ``Rates.kernels`` has it
   light node  bytes it reads from outside its region (each source once a region) + bytes it writes for others to read
-  exchange    latency + payload / link rate. Payload: what leaves one rank, or arrives there, whichever is more
+  exchange    latency + payload / link rate, of its group where ``Rates.links`` has it. Payload: what leaves one rank, or
+              arrives there, whichever is more
 """
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch.fx import Graph, Node
 
-from ._torch import flop_formula, group_size, is_view_op, size_hint
+from ._torch import flop_formula, group_shape, group_size, is_view_op, size_hint
 
 _MATMUL = {"mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm", "_addmm_activation", "linear", "_linear_pointwise",
            "mkl_linear", "_mkl_linear", "_weight_int8pack_mm", "_weight_int4pack_mm"}
@@ -63,6 +64,8 @@ class Rates:
         one_link: collectives of all process groups go over one link, one after the other; False: each group has its own
             (exchanges inside of a node and means of gradients between nodes, say).
         kernels: seconds of single kernels that were measured, by ``kernel_key``; formulas for all others.
+        links: (bytes/s, latency) of process groups that have a link of their own, beside that of ``link_bytes``, by ranks and
+            distance: {"8x1": (250e9, 15e-6)} for groups of eight neighbours, "4x8" for four ranks that are eight apart.
     """
     matmul_flops: float = 90e9
     attention_flops: float = 60e9
@@ -73,12 +76,18 @@ class Rates:
     link_compute_share: float = 0.05
     one_link: bool = True
     kernels: tuple[tuple[str, float], ...] = ()
+    links: tuple[tuple[str, tuple[float, float]], ...] = ()
 
     def __post_init__(self) -> None:
         pairs = self.kernels.items() if isinstance(self.kernels, Mapping) else self.kernels
         object.__setattr__(self, "kernels", tuple(sorted((str(key), float(seconds)) for key, seconds in pairs)))
         if any(not seconds > 0 for _, seconds in self.kernels):
             raise ValueError("kernels must take more than 0 seconds each")
+        pairs = self.links.items() if isinstance(self.links, Mapping) else self.links
+        object.__setattr__(self, "links", tuple(sorted((str(shape), (float(rate), float(latency)))
+                                                       for shape, (rate, latency) in pairs)))
+        if any(not rate > 0 or not latency >= 0 for _, (rate, latency) in self.links):
+            raise ValueError("links must have more than 0 bytes/s and no negative latency each")
         for name in ("matmul_flops", "attention_flops", "memory_bytes", "link_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -92,6 +101,17 @@ class Rates:
     def measured(self) -> Mapping[str, float]:
         """``kernels``, to look up."""
         return dict(self.kernels)
+
+    @cached_property
+    def link_of_shape(self) -> Mapping[str, tuple[float, float]]:
+        """``links``, to look up."""
+        return dict(self.links)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON has it, and as ``Rates(**data)`` takes it. What nobody measured is left out."""
+        measured = {"kernels": dict(self.kernels), "links": {shape: list(link) for shape, link in self.links}}
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in measured}
+        return plain | {name: found for name, found in measured.items() if found}
 
 
 PRESETS = {
@@ -377,7 +397,21 @@ def payload(node: Node) -> int:
 
 def link_seconds(node: Node, rates: Rates) -> float:
     """Of one collective that has the link to itself; 0 for every other node."""
-    return rates.link_latency + payload(node) / rates.link_bytes if is_launch(node) else 0.0
+    if not is_launch(node):
+        return 0.0
+    rate, latency = rates.link_of_shape.get(_shape(node, rates), (rates.link_bytes, rates.link_latency))
+    return latency + payload(node) / rate
+
+
+def lane_of(node: Node, rates: Rates) -> str:
+    """The link that a collective goes over: those with one lane follow each other."""
+    if (shape := _shape(node, rates)) in rates.link_of_shape:
+        return shape
+    return "" if rates.one_link else group_of(node)
+
+
+def _shape(node: Node, rates: Rates) -> str:
+    return group_shape(group_of(node)) if rates.links else ""
 
 
 def group_of(node: Node) -> str:

@@ -13,7 +13,7 @@ Terms
   launch, wait  a functional collective and its ``wait_tensor``; in between it is *in flight*
   item          a few nodes that move as one: a kernel with the views and small loops that only it needs or feeds
   order         a permutation of items; a program
-  simulation    one compute stream runs the order; the link (or each group's own, ``Rates.one_link``) runs collectives
+  simulation    one compute stream runs the order; the link (or each group's own, ``Rates.one_link`` and ``links``) runs collectives
                 first in, first out: one starts at max(link free, now), and a wait idles until it is done. While a link
                 is busy the compute stream runs at (1 - link_compute_share)
   tail, head    longest path, through compute and links, from an item to the end, and from the start to an item
@@ -266,7 +266,7 @@ class _Program:
         inner = [n for n in nodes if n.op not in _ENDS]
         self._number = {n: i for i, n in enumerate(n for n in inner if n in links)}
         groups: dict[str, int] = {}
-        self._group = {n: groups.setdefault("" if rates.one_link else costs.group_of(n), len(groups)) for n in self._number}
+        self._group = {n: groups.setdefault(costs.lane_of(n, rates), len(groups)) for n in self._number}
         head_of = _merge(inner, rules, seconds)
         members: dict[Node, list[Node]] = {}
         for node in inner:

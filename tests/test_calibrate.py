@@ -5,6 +5,7 @@ import stat
 import families
 import pytest
 from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
 
 import farskip_fx as fs
 from farskip_fx.commands.calibrate import rates_of
@@ -64,3 +65,18 @@ def test_the_same_on_every_rank(tmp_path):
     (one, again), (other, other_again) = run_ranks(measured, 2, folder=tmp_path)
     assert one == other == again == other_again and one.link_bytes != fs.Rates().link_bytes
     assert not (tmp_path / "empty").exists()
+
+
+def several(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+    first = fs.calibrate(mesh["node"], also=[mesh["local"]], cache=folder, **SMALL)
+    return first, fs.calibrate(mesh["node"], also=[mesh["local"]], cache=folder, **SMALL), fs.calibrate(cache=folder, **SMALL)
+
+
+@pytest.mark.slow
+def test_a_link_for_each_group(tmp_path):
+    """Four ranks, two by two: the group of neighbours has figures of its own, equal on all ranks and kept."""
+    (first, again, plain), *others = run_ranks(several, 4, folder=tmp_path)
+    assert all(other == (first, again, plain) for other in others) and first == again
+    (shape, (rate, latency)), = first.links
+    assert shape == "2x1" and rate > 0 and latency > 0 and not plain.links

@@ -14,6 +14,15 @@ RATES = Rates(matmul_flops=1e9, attention_flops=5e8, memory_bytes=1e9, link_byte
               kernel_overhead=0.0)
 
 
+def test_rates_as_json():
+    rates = dataclasses.replace(RATES, kernels={"mm a b": 1e-3}, links={"8x1": (2e9, 1e-5), "4x8": (1e9, 0.0)})
+    assert Rates(**json.loads(json.dumps(rates.to_dict()))) == rates == Rates(**dataclasses.asdict(rates))
+    assert rates.link_of_shape["4x8"] == (1e9, 0.0) and not {"links", "kernels"} & set(RATES.to_dict())
+    for wrong in ((0, 1e-5), (1e9, -1)):
+        with pytest.raises(ValueError, match="links"):
+            Rates(links={"8x1": wrong})
+
+
 def nodes_of(fn, *args, mode="fake"):
     gm = make_fx(fn, tracing_mode=mode)(*args)
     return {costs.op_name(n): n for n in gm.graph.nodes if n.op == "call_function"}, gm.graph

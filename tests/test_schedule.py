@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from farskip_fx.passes import simulate
+from farskip_fx.passes import costs, simulate
 from farskip_fx.passes.costs import Rates, is_launch, op_name
 from farskip_fx.passes.early_means import launch_means_early
 from farskip_fx.passes.schedule import schedule
@@ -318,6 +318,20 @@ def test_groups_have_links_of_their_own():
         return schedule(gm.graph, rates=dataclasses.replace(RATES, one_link=one_link)).after_s
 
     assert end("0") == pytest.approx(8e-3) and end("1") == pytest.approx(4e-3) and end("1", True) == pytest.approx(8e-3)
+
+
+def test_links_by_the_shape_of_a_group(monkeypatch):
+    """Ranks of group "1" are eight apart. With a link of its own, four times as fast, both exchanges go at once, even with
+    ``one_link``: 4 ms as the slower one alone. A link for groups of another shape changes nothing."""
+    monkeypatch.setattr(costs, "group_shape", {"0": "8x1", "1": "4x8"}.get)
+
+    def end(links):
+        gm = traced(lambda x, r: tuple(map(wait, (launch(x, "0"), launch(r, "1")))), 2)
+        return schedule(gm.graph, rates=dataclasses.replace(RATES, one_link=True, links=links)).after_s
+
+    fast = (4 * RATES.link_bytes, RATES.link_latency)
+    assert end({}) == end({"2x1": fast}) == pytest.approx(8e-3) and end({"4x8": fast}) == pytest.approx(4e-3)
+    assert end({"4x8": fast, "8x1": fast}) < 2e-3
 
 
 # --- scale -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The one place where the lab touches farskip_fx itself: how to shard, what to compile with, how to read a report."""
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ def rates(**measured: float) -> dict[str, float]:
     """Measured rates as the option of that name; what was not measured keeps its default."""
     from farskip_fx.passes.costs import Rates
 
-    return asdict(Rates(**measured))
+    return Rates(**measured).to_dict()
 
 
 def kernels(model: nn.Module, ids: Tensor, connectivity: str, *, gradients: bool) -> dict[str, float]:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
@@ -24,14 +23,11 @@ def measure(console: Console, *, hidden: int, tokens: int, dtype: str, path: Pat
         if dist.is_initialized() and dist.get_rank():
             return
         alone = "" if dist.is_initialized() else "   (not measured: run under torchrun)"
-        for field in dataclasses.fields(rates):
-            value = getattr(rates, field.name)
-            if field.name == "kernels":         # of a model: farskip_fx.profile_kernels
-                continue
-            console.print(f"{field.name:20} {value:.4g}{alone if field.name in ('link_bytes', 'link_latency') else ''}"
-                          if not isinstance(value, bool) else f"{field.name:20} {value}", highlight=False)
+        for name, value in rates.to_dict().items():
+            console.print(f"{name:20} {value:.4g}{alone if name in ('link_bytes', 'link_latency') else ''}"
+                          if not isinstance(value, bool) else f"{name:20} {value}", highlight=False)
         if path is not None:
-            path.write_text(json.dumps(dataclasses.asdict(rates), indent=1), encoding="utf-8")
+            path.write_text(json.dumps(rates.to_dict(), indent=1), encoding="utf-8")
             console.print(f"written: {path}", highlight=False)
 
 

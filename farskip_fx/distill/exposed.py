@@ -84,10 +84,8 @@ class Deployment:
         return cls(**(options or {}))
 
     def to_dict(self) -> dict:
-        """As JSON has it. Without kernels where none were measured: releases before them wrote none."""
-        data = dataclasses.asdict(self)
-        kernels = dict(data["rates"].pop("kernels"))
-        return {**data, "rates": {**data["rates"], **({"kernels": kernels} if kernels else {})}}
+        """As JSON has it."""
+        return dataclasses.asdict(self) | {"rates": self.rates.to_dict()}
 
 
 def _rates(given) -> Rates:
