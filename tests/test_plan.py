@@ -15,7 +15,7 @@ from farskip_fx.passes.costs import PRESETS, graph_seconds
 from farskip_fx.plan import devices
 from farskip_fx.plan.chain import Step, reads_of
 from farskip_fx.plan.devices import Link, device_of, link_of
-from farskip_fx.plan.exchanges import Network, copies
+from farskip_fx.plan.exchanges import Leg, Network, copies, exchanges_for, legs
 from farskip_fx.plan.models import CONFIGS, experts_of, source_of
 from farskip_fx.plan.page import page
 from farskip_fx.plan.pieces import PARTS, Piece
@@ -71,9 +71,26 @@ def test_copies_of_a_token():
 def test_network_inside_and_between_nodes():
     fast, slow = Link(400e9, 1.0, 1e-6, ""), Link(40e9, 1.0, 2e-6, "")
     network = Network(fast, slow, 8)
-    assert network.seconds(8e9, 8) == pytest.approx(8 / 400 + 1e-6)
-    assert network.seconds(15e9, 16) == pytest.approx(8 / 40 + 2e-6)       # 8 of the 15 others are in the other node
-    assert network.seconds(1e9, 1) == 0.0
+    assert network.seconds(1e9, [Leg(8.0, 0.0)]) == pytest.approx(8 / 400 + 1e-6)
+    assert network.seconds(1e9, [Leg(7.0, 8.0)], 2) == pytest.approx(8 / 40 + 4e-6)        # both links work at once
+    assert network.seconds(1e9, [Leg(0.0, 4.0), Leg(8.0, 0.0)]) == pytest.approx(4 / 40 + 8 / 400 + 3e-6)     # legs do not
+    assert network.seconds(1e9, [Leg(0.0, 0.0)]) == network.seconds(1e9, [Leg(1.0, 1.0)], 0) == 0.0
+
+
+def test_legs_of_a_hierarchical_exchange():
+    """All choices of experts, counted, from each home: nodes other than its own, and ranks other than the one that hands on."""
+    experts, top_k, ep, node = 8, 3, 4, 2
+    far = near = count = 0
+    for chosen, home in itertools.product(itertools.combinations(range(experts), top_k), range(ep)):
+        ranks = {e * ep // experts for e in chosen}
+        far += len({r // node for r in ranks} - {home // node})
+        near += sum(r % node != home % node for r in ranks)     # the token comes to the place of its home first
+        count += 1
+    across, within = legs("hierarchical", experts=experts, top_k=top_k, ep=ep, node=node)
+    assert (across.near, across.far, within.near, within.far) == pytest.approx((0, far / count, near / count, 0))
+    one, = legs("all_to_all", experts=experts, top_k=top_k, ep=ep, node=node)
+    assert across.far < one.far and legs("all_gather", experts=8, top_k=3, ep=4, node=2) == (Leg(1.0, 2.0),)
+    assert "hierarchical" in exchanges_for(64, 8) and "hierarchical" not in exchanges_for(8, 8)
 
 
 # --- the step -----------------------------------------------------------------------------------------------------
@@ -188,7 +205,9 @@ def test_a_plan_as_json_and_page(traced):
     plan = make(planner, gpus=8, ep=4, dp=2, device="h100", link="40GB/s")
     data = json.loads(json.dumps(plan.to_dict()))
     assert [p["ep"] for p in data["by_ep"]] == [2, 4, 8] and data["best"] in (2, 4, 8) and data["unknown"]
-    for point in [data["asked"], *data["by_ep"], *data["by_link"]]:
+    assert [p["exchange"] for p in data["by_exchange"]] == ["all_to_all", "all_to_all_pairs", "all_gather", "hierarchical"]
+    assert data["by_exchange"][0] == data["asked"] and data["by_exchange"][1]["exchange_bytes"] > data["asked"]["exchange_bytes"]
+    for point in [data["asked"], *data["by_ep"], *data["by_link"], *data["by_exchange"]]:
         none, farskip, chunks, halves = point["variants"]
         assert none["step_s"] >= farskip["step_s"] > 0 and none["exposed_s"] >= farskip["exposed_s"] >= 0
         assert math.isfinite(halves["step_s"] + chunks["step_s"]) and point["gain"] >= 1

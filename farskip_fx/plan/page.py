@@ -10,7 +10,7 @@ from html import escape
 from ..view.plot import lines
 from ..view.text import plain
 from .planner import Plan, Point
-from .show import ends_lines, label, memory_line
+from .show import ends_lines, exchange_headings, exchange_rows, label, memory_line
 
 _STYLE = """
 :root { color-scheme: light dark; --a: #888; }
@@ -34,6 +34,7 @@ def page(plan: Plan) -> str:
         f"<h2>ep {asked.ep} x dp {asked.dp}</h2>",
         _table(["connectivity", "step", "over standard", "exposed", "tokens/s in all"], rows),
         f"<p>{escape(memory_line(asked))}</p>",
+        "<h2>Exchanges</h2>", _table(exchange_headings(plan), exchange_rows(plan)),
         "<h2>Over the number of ranks that share the experts</h2>", _curve(plan.by_ep, [p.ep for p in plan.by_ep], "ep"),
         _points(plan.by_ep, plan.best),
         "<h2>Over the link</h2>", _curve(plan.by_link, [p.link_bytes / 1e9 for p in plan.by_link], "GB/s"),

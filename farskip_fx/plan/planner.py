@@ -13,10 +13,10 @@ from ..errors import ConfigError
 from ..passes.costs import Rates
 from . import devices
 from .chain import Step, Times, reads_of
-from .exchanges import Network, copies
+from .exchanges import USUAL, Network, copies, exchanges_for, legs
 from .traced import Traced, sizes
 
-VERSION = 1
+VERSION = 2
 STANDARD, HALVES = "none", "halves"
 GAIN = 1.03             # less is no gain: the prediction is not better than that
 _LINK_FACTORS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -74,6 +74,7 @@ class Point:
     variants: tuple[Predicted, ...]
     memory: Memory
     fits: bool
+    exchange: str = USUAL
 
     @property
     def gain(self) -> float:
@@ -95,6 +96,7 @@ class Plan:
     asked: Point
     by_ep: tuple[Point, ...]
     by_link: tuple[Point, ...]
+    by_exchange: tuple[Point, ...]
     best: int | None            # ep of the fastest one that fits, with the chosen connectivity
     ends: dict = field(default_factory=dict)
     unknown: tuple[str, ...] = UNKNOWN
@@ -107,7 +109,8 @@ class Plan:
             return {**dataclasses.asdict(point), "memory": memory, "gain": point.gain}
 
         return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "asked": written(self.asked),
-                "by_ep": [written(p) for p in self.by_ep], "by_link": [written(p) for p in self.by_link]}
+                "by_ep": [written(p) for p in self.by_ep], "by_link": [written(p) for p in self.by_link],
+                "by_exchange": [written(p) for p in self.by_exchange]}
 
 
 class Planner:
@@ -128,7 +131,7 @@ class Planner:
         self.half, self.half_rest = traced.pieces(rates, half=True)
         self.reads = {name: reads_of(self.whole[0], name) for name in (STANDARD, connectivity)}
 
-    def at(self, ep: int, dp: int, network: Network | None = None) -> Point:
+    def at(self, ep: int, dp: int, network: Network | None = None, exchange: str = USUAL) -> Point:
         """
         Raises:
             ConfigError: the experts cannot be split so.
@@ -137,20 +140,21 @@ class Planner:
             raise ConfigError(f"--ep {ep} does not divide the {self.traced.experts} experts of {self.traced.name}, or is "
                               f"below 2; take one of {', '.join(map(str, sizes(self.traced.experts, self.traced.experts)))}")
         network = network or self.network
-        scale = (copies(self.traced.experts, self.traced.top_k, ep)
-                 / copies(self.traced.experts, self.traced.top_k, self.traced.ep))
+        t = self.traced
+        way = legs(exchange, experts=t.experts, top_k=t.top_k, ep=ep, node=network.node)
+        a_row = 1 / copies(t.experts, t.top_k, t.ep)        # of what was traced
 
-        def exchange(payload: float, launches: int) -> float:
-            return network.seconds(payload * scale, ep, launches)
+        def seconds(payload: float, launches: int) -> float:
+            return network.seconds(payload * a_row, way, launches)
 
         names = (STANDARD, self.connectivity, chunked(self.connectivity), HALVES)
-        variants = tuple(self._variant(name, ep, dp, exchange, network) for name in names)
+        variants = tuple(self._variant(name, ep, dp, seconds, network) for name in names)
         memory, first = self._memory(ep, dp), variants[0].phases
         link = network.between if ep > network.node else network.inside
-        sent = sum(p.first + p.second for graph in self.whole for p in graph) * scale
+        sent = sum(p.first + p.second for graph in self.whole for p in graph) * a_row * sum(leg.near + leg.far for leg in way)
         return Point(ep=ep, dp=dp, link_bytes=link.rate, compute_s=sum(t.compute for t in first),
                      link_s=sum(t.link for t in first), exchange_bytes=sent, variants=variants, memory=memory,
-                     fits=self.capacity is None or memory.total <= self.capacity)
+                     fits=self.capacity is None or memory.total <= self.capacity, exchange=exchange)
 
     def over_ep(self, gpus: int) -> tuple[Point, ...]:
         return tuple(self.at(ep, gpus // ep) for ep in sizes(self.traced.experts, gpus))
@@ -165,6 +169,9 @@ class Planner:
             point = self.at(ep, dp, dataclasses.replace(self.network, **{which: faster}))
             points.append(dataclasses.replace(point, link_bytes=faster.rate))
         return tuple(points)
+
+    def over_exchanges(self, ep: int, dp: int) -> tuple[Point, ...]:
+        return tuple(self.at(ep, dp, exchange=name) for name in exchanges_for(ep, self.network.node))
 
     def _variant(self, name: str, ep: int, dp: int, exchange, network: Network) -> Predicted:
         halves = name == HALVES
@@ -235,7 +242,7 @@ def make(planner: Planner, *, gpus: int, ep: int, dp: int, device: str, link: st
     return Plan(
         model=t.name, connectivity=planner.connectivity, training=t.training, gpus=gpus, tokens=t.tokens, context=t.context,
         device=device, link=link, shard=planner.shard, rates=planner.rates.to_dict(), asked=asked, by_ep=by_ep,
-        by_link=by_link, best=min(fitting, key=lambda p: p.variants[1].step_s).ep if fitting else None,
+        by_link=by_link, by_exchange=planner.over_exchanges(ep, dp), best=min(fitting, key=lambda p: p.variants[1].step_s).ep if fitting else None,
         ends=where_it_ends(by_ep, by_link))
 
 

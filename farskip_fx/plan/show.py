@@ -22,6 +22,7 @@ def show(plan: Plan, console: Console) -> None:
                   f"link {link}. A prediction: nothing was run.", highlight=False)
     console.print(asked_table(plan))
     console.print(memory_line(plan.asked), highlight=False)
+    console.print(exchanges_table(plan))
     console.print(points_table(plan, plan.by_ep, f"all ways to split {plan.gpus} devices", best=plan.best))
     console.print(points_table(plan, plan.by_link, f"ep {plan.asked.ep} over other links"))
     for line in ends_lines(plan):
@@ -50,6 +51,26 @@ def memory_line(point: Point) -> str:
     return (f"memory a rank: {memory.total / 2**30:,.1f} GiB ({parts}){'' if point.fits else '; it does not fit'}. Exchanges: "
             f"{point.exchange_bytes / 2**20:,.0f} MiB leave a rank, {point.link_s * 1e3:,.1f} ms beside "
             f"{point.compute_s * 1e3:,.1f} ms of compute")
+
+
+def exchanges_table(plan: Plan) -> Table:
+    table = Table(title=f"exchanges at ep {plan.asked.ep} x dp {plan.asked.dp}", title_justify="left")
+    for heading in exchange_headings(plan):
+        table.add_column(heading, justify="left" if heading == "exchange" else "right")
+    for row in exchange_rows(plan):
+        table.add_row(*row)
+    return table
+
+
+def exchange_headings(plan: Plan) -> list[str]:
+    return ["exchange", *(label(one.name) for one in plan.asked.variants), "MiB leave a rank"]
+
+
+def exchange_rows(plan: Plan) -> list[list[str]]:
+    """The fastest of each column is marked."""
+    least = [min(p.variants[i].step_s for p in plan.by_exchange) for i in range(len(plan.asked.variants))]
+    return [[p.exchange, *(f"{v.step_s * 1e3:,.1f} ms{' (best)' if v.step_s == best else ''}" for v, best in zip(p.variants, least)),
+             f"{p.exchange_bytes / 2**20:,.0f}"] for p in plan.by_exchange]
 
 
 def points_table(plan: Plan, points: tuple[Point, ...], title: str, best: int | None = None) -> Table:
