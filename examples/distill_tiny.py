@@ -159,7 +159,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def recover(path: Path, *, shares: list[float], batches: int, loss: str, connectivity: str, layers: str, batch: int, rate: float,
-            seed: int, inner: str) -> dict:
+            seed: int, inner: str, optimizer: str, hidden: float) -> dict:
     """Original, converted, refitted (``batches`` > 0), and the refitted one distilled on each of ``shares`` of the teacher's
     tokens; a table of all."""
     text, held_out = standard_library()
@@ -193,8 +193,9 @@ def recover(path: Path, *, shares: list[float], batches: int, loss: str, connect
         weights = {"kl": dict(kl=1.0), "ce": dict(kl=0.0, cross_entropy=1.0)}[loss]
         began, name = time.perf_counter(), f"{loss.upper()} on {share:.0%}"
         distill(student, Rows(text, steps * batch, seed), **options, **weights, inner=inner, teacher_model=original,
+                optimizer=optimizer, hidden=hidden if loss == "kl" else 0.0,
                 args=TrainingArguments("build/distill_tiny", max_steps=steps, per_device_train_batch_size=batch,
-                                       learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20),
+                                       learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, steps // 20),
                                        adam_beta2=0.98, save_strategy="no", report_to="none", seed=seed, logging_steps=50))
         seconds[name] = time.perf_counter() - began
         row(name, student)
@@ -228,7 +229,9 @@ def main() -> None:
     parser.add_argument("--connectivity", default="farskip", help="of all converted layers (farskip)")
     parser.add_argument("--layers", default="all", help='"all", "last:0.5", "auto:0.9", ... (all)')
     parser.add_argument("--batch", type=int, default=4, help="sequences a step of the distillation (4)")
-    parser.add_argument("--rate", type=float, default=5e-4, help="its learning rate (5e-4)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="its learning rate (1e-3)")
+    parser.add_argument("--optimizer", choices=("muon", ""), default="muon", help='"": AdamW, which wants --rate 5e-4 (muon)')
+    parser.add_argument("--hidden", type=float, default=2.0, help="weight of the states between layers, falling to 0 (2)")
     parser.add_argument("--inner", choices=("inductor", "eager"), default="eager", help="what runs the student in training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
@@ -241,7 +244,7 @@ def main() -> None:
         train_teacher(arguments.teacher, family=arguments.family, steps=250, seed=arguments.seed, save_every=50)
     figures = recover(arguments.teacher, shares=arguments.share, batches=arguments.batches, loss=arguments.loss,
                       connectivity=arguments.connectivity, layers=arguments.layers, batch=arguments.batch, rate=arguments.rate,
-                      seed=arguments.seed, inner=arguments.inner)
+                      seed=arguments.seed, inner=arguments.inner, optimizer=arguments.optimizer, hidden=arguments.hidden)
     if arguments.json:
         arguments.json.write_text(json.dumps({**{k: str(v) for k, v in vars(arguments).items()}, "rows": figures}, indent=1))
 

@@ -15,6 +15,7 @@ from .exposed import CHOICES, Deployment, require_choices
 from .teacher import MODES
 
 VERSION = 1
+OPTIMIZERS = ("", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class DistillConfig:
         temperature: of both distributions.
         kl, cross_entropy: weights of the two terms; the paper's recipe is KL alone.
         router_aux_loss: weight of the router's load-balancing loss, on top of the model's own coefficient; 0: not computed.
+        hidden: weight of what the states between layers miss of the teacher's (``states.states_loss``), at the first step; it
+            falls to zero over the run. Off in the paper's recipe; for short runs (docs/distill.md). Not for teacher="cached".
+        optimizer: "muon": Muon for matrices, AdamW for the rest (``muon.Muon``), at TrainingArguments' learning rate, betas and
+            weight decay; "": what TrainingArguments say.
         chunk_mb: MiB of one chunk of logits, see ``loss.distillation_loss``.
         cache: folder of the cached teacher; needed for teacher="cached". Made if it is not there.
         top_k: log-probabilities that a cache keeps of each token.
@@ -59,6 +64,8 @@ class DistillConfig:
     kl: float = 1.0
     cross_entropy: float = 0.0
     router_aux_loss: float = 0.0
+    hidden: float = 0.0
+    optimizer: str = ""
     chunk_mb: float = 64.0
     cache: str | None = None
     top_k: int = 64
@@ -83,9 +90,14 @@ class DistillConfig:
         if self.teacher == "shared" and self.refit_batches:
             raise ConfigError('a refit changes the weights that teacher="shared" uses; use teacher="copy", "int8" or "cached", '
                               "or refit_batches=0")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer={self.optimizer!r} is not known; choose one of {', '.join(map(repr, OPTIMIZERS))}, or set "
+                              "TrainingArguments(optim=...)")
+        if self.teacher == "cached" and self.hidden:
+            raise ConfigError('teacher="cached" keeps log-probabilities and no states: leave hidden at 0')
         if self.teacher == "cached" and not self.cache:
             raise ConfigError('teacher="cached" needs cache=FOLDER')
-        for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0),
+        for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0), ("hidden", 0),
                           ("top_k", None), ("stop_patience", None), ("stop_delta", 0), ("scan_batches", None),
                           ("refit_batches", 0)):
             value = getattr(self, name)

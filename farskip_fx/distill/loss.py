@@ -69,9 +69,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Dense:
-    """A teacher given by its hidden states, [tokens, hidden], and its head."""
+    """A teacher given by its hidden states, [tokens, hidden], and its head; ``states`` of all layers where somebody asked for them."""
     hidden: Tensor
     head: Head
+    states: tuple[Tensor, ...] = ()
 
     def rows(self, index: Tensor) -> Dense:
         return Dense(self.hidden[index], self.head)

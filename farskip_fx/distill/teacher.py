@@ -44,7 +44,8 @@ class Teacher:
 
     def __call__(self, **inputs) -> Dense:
         with torch.no_grad():
-            return Dense(hidden_states(self.model, **inputs)[0], self.head)
+            hidden, output = hidden_states(self.model, **inputs)
+        return Dense(hidden, self.head, getattr(output, "hidden_states", None) or ())
 
     def to(self, device: torch.device) -> None:
         """Move the model; nothing happens where it is there already."""

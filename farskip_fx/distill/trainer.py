@@ -35,7 +35,9 @@ from .evaluation import assert_rewired, bytes_of, labels_of, targets_of
 from .head import base_of, check_head, head_of, hidden_states
 from .layers import with_chosen_layers
 from .loss import NAMES, Head, Sums, distillation_loss
+from .muon import MuonOf
 from .refit import refit
+from .states import states_loss
 from .teacher import Teacher, make_teacher, require_original
 
 Task = Callable[[nn.Module], float]
@@ -168,6 +170,9 @@ class DistillTrainer(Trainer):
         _require(args, config, tasks)
         self.distillation, self.teacher, self.eval_teacher = config, teacher, eval_teacher or teacher
         self.tasks, self.bytes_a_token = dict(tasks or {}), bytes_a_token
+        if config.optimizer == "muon":
+            others["optimizer_cls_and_kwargs"] = MuonOf, dict(
+                lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, weight_decay=args.weight_decay)
         super().__init__(model, args, data_collator=with_labels(data_collator or default_data_collator), **others)
         self.model_accepts_loss_kwargs = True       # Trainer then counts the targets of the whole step
         self.loss_is_scaled_for_ga = True           # and compute_loss divides by that count
@@ -194,15 +199,19 @@ class DistillTrainer(Trainer):
         part = "train" if model.training else "eval"
         teacher = self.teacher if part == "train" else self.eval_teacher
         teacher.to(targets.device)
+        states = {"output_hidden_states": True} if part == "train" and config.hidden else {}
         with self.accelerator.autocast():
-            target = teacher(**inputs, use_cache=False) if rows is None else teacher(rows=rows, **inputs)
-        hidden, output = hidden_states(model, **inputs, use_cache=False, **self._router_logits(part))
+            target = teacher(**inputs, use_cache=False, **states) if rows is None else teacher(rows=rows, **inputs)
+        hidden, output = hidden_states(model, **inputs, use_cache=False, **self._router_logits(part), **states)
         if not self._checked:
             assert_rewired(self.model)
             self._checked = True
         loss, sums = distillation_loss(
             hidden, self._head(), target, targets, temperature=config.temperature, kl=config.kl,
             cross_entropy=config.cross_entropy, items=num_items_in_batch, chunk_mb=config.chunk_mb)
+        if states:
+            left = 1 - self.state.global_step / max(self.state.max_steps, 1)
+            loss = loss + config.hidden * left * states_loss(output.hidden_states, target.states, targets, num_items_in_batch)
         self._sums[part] = sums if self._sums[part] is None else self._sums[part] + sums
         if part == "eval" and self.bytes_a_token is not None:
             self._bytes += bytes_of(targets, self.bytes_a_token)
