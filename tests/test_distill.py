@@ -266,6 +266,7 @@ def test_training_agrees_more_and_stops_on_a_task(tmp_path):
     (dict(stop_metric="x"), {}, "needs TrainingArguments"),
     (dict(teacher="shared", prepare=print), {}, "needs a LoRA student"),
     (dict(optimizer="sgd"), {}, "choose one of '', 'muon'"),
+    (dict(optimizer="muon"), dict(optim="sgd"), "are two optimizers"),
     (dict(hidden=-1), {}, "hidden must be a number of at least 0"),
     (dict(hidden=1, teacher="cached", cache="x"), {}, "keeps log-probabilities and no states"),
     ({}, dict(torch_compile=True), "torch_compile"),

@@ -1,7 +1,8 @@
 """What a distillation step costs beside a plain training step of the same model: ``python -m farskip_fx.distill.throughput``.
 
 The model is Qwen3-MoE of the given sizes over bytes; both steps are forward, backward, clipping and AdamW on the same tokens, run
-by the same ``inner``, in turn, in one process. The distillation step has the teacher's forward in it (``teacher="copy"``).
+by the same ``inner``, in turn, in one process. The distillation step has the teacher's forward in it (``teacher="copy"``); the last
+row also has the states between layers in its loss, and Muon instead of AdamW.
 """
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ from ..convert import apply
 from .evaluation import targets_of
 from .head import hidden_states
 from .loss import distillation_loss
+from .muon import Muon, groups_of
+from .states import states_loss
 from .teacher import make_teacher
 
 
@@ -36,9 +39,10 @@ def main() -> None:
     torch.manual_seed(0)
     model = model_of(given.layers, given.hidden).train().to("cuda" if torch.cuda.is_available() else "cpu")
     ids = torch.randint(256, (given.rows, given.length), device=model.device)
-    plain, student = copy.deepcopy(model), copy.deepcopy(model)
+    plain, student, short = (copy.deepcopy(model) for _ in range(3))
     steps = {"plain training": plain_step(apply(plain, connectivity="none", inner=given.inner), ids),
-             "distillation": distillation_step(student, ids, given.inner)}
+             "distillation": distillation_step(student, ids, given.inner),
+             "with states and Muon": distillation_step(short, ids, given.inner, short=True)}
     seconds = {name: [] for name in steps}
     for number in range(given.rounds + 2):
         for name, step in steps.items():
@@ -59,21 +63,23 @@ def plain_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     return _step(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def distillation_step(model: nn.Module, ids: Tensor, inner: str) -> Callable[[], None]:
+def distillation_step(model: nn.Module, ids: Tensor, inner: str, short: bool = False) -> Callable[[], None]:
     teacher = make_teacher("copy", model, inner=inner)
     apply(model, connectivity="farskip", inner=inner)
     targets = targets_of({"input_ids": ids})
+    call = dict(input_ids=ids, use_cache=False, **({"output_hidden_states": True} if short else {}))
 
     def loss() -> Tensor:
-        target = teacher(input_ids=ids, use_cache=False)
-        hidden, _ = hidden_states(model, input_ids=ids, use_cache=False)
+        target = teacher(**call)
+        hidden, output = hidden_states(model, **call)
         own = model.get_output_embeddings().weight
-        return distillation_loss(hidden, teacher.head.with_weights(own, None), target, targets)[0]
-    return _step(model, loss)
+        found = distillation_loss(hidden, teacher.head.with_weights(own, None), target, targets)[0]
+        return found + states_loss(output.hidden_states, target.states, targets) if short else found
+    return _step(model, loss, Muon(groups_of(model, 0.0), lr=1e-5) if short else None)
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+def _step(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     def step() -> None:
         loss().backward()

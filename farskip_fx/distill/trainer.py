@@ -448,6 +448,9 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
     if args.n_gpu > 1:
         raise ConfigError("several devices in one process (nn.DataParallel) are not supported: start with torchrun, or set "
                           "CUDA_VISIBLE_DEVICES to one device")
+    if config.optimizer and args.optim != _usual(args, "optim"):
+        raise ConfigError(f"optimizer={config.optimizer!r} and TrainingArguments(optim={str(getattr(args.optim, 'value', args.optim))!r}) "
+                          "are two optimizers; leave one of them out")
     if config.stop_metric is None:
         return
     metric = args.metric_for_best_model
@@ -457,6 +460,10 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
                           f"load_best_model_at_end=True), got metric_for_best_model={metric!r}")
     if args.greater_is_better is None:
         raise ConfigError(f"stop_metric={config.stop_metric!r} needs TrainingArguments(greater_is_better=True or False)")
+
+
+def _usual(args: TrainingArguments, name: str):
+    return next(f.default for f in dataclasses.fields(args) if f.name == name)
 
 
 def _changed(args: TrainingArguments) -> dict:
