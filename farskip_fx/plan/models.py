@@ -77,9 +77,9 @@ def source_of(name: str | Path) -> Iterator[Path]:
 
 
 def experts_of(config) -> int:
-    """Experts of a layer, of a configuration of transformers; 0: none.
+    """Experts of a layer, of a configuration of transformers or one written down; 0: none.
 
     Llama 4 and others have several of the names; they agree.
     """
-    config = config.get_text_config()
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return next((n for key in _EXPERTS if isinstance(n := getattr(config, key, None), int)), 0)

@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from ..config import FarskipConfig
 from ..diagnose.explain import explain, graphs_of
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS), flush=True)
     failed = False
     for name in names:
-        most = next(n for key in ("n_routed_experts", "num_experts", "num_local_experts") if (n := CONFIGS[name].get(key)))
+        most = experts_of(SimpleNamespace(**CONFIGS[name]))
         for ep in args.ep:
             if most % ep:
                 print(f"| {name} | {ep} | {most} experts: {ep} ranks do not divide them |" + _EMPTY, flush=True)
