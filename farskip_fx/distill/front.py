@@ -1,13 +1,13 @@
 """A choice of layers to look at: tables for the terminal, and the front as SVG."""
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping
 
 from rich.markup import escape
 from rich.table import Table
 
+from ..view.plot import safe, text
+from ..view.text import plain
 from .choice import Choice, Point
 from .sensitivity import Sensitivity
 
@@ -31,13 +31,13 @@ def layers_table(found: Sensitivity, choice: Choice | None = None) -> Table:
     for i, layer in enumerate(found.layers):
         cells = [f"{layer.kl[name]:.5f}" if name in layer.kl else "refused" for name in found.choices]
         chosen = [choice.names[i] if choice.names[i] != "none" else "-"] if choice else []
-        drawn.add_row(str(i), escape(_plain(layer.structure.label)), *cells, *chosen)
+        drawn.add_row(str(i), escape(plain(layer.structure.label)), *cells, *chosen)
     return drawn
 
 
 def refusals(found: Sensitivity) -> list[str]:
     """One line for each layer that refuses something."""
-    return [f"layer {i} ({_plain(layer.structure.label)}) refuses {name}: {_plain(why)}"
+    return [f"layer {i} ({plain(layer.structure.label)}) refuses {name}: {plain(why)}"
             for i, layer in enumerate(found.layers) for name, why in layer.refused.items()]
 
 
@@ -52,7 +52,7 @@ def front_table(choice: Choice, rows: int = 12) -> Table:
     points += [(p, f"{name} in all layers") for name, p in choice.uniform.items() if name != "none"]
     points.append((Point(share=choice.share, kl=choice.kl, names=choice.names), f"chosen for {choice.wanted:.0%}"))
     for point, what in sorted(points, key=lambda entry: (entry[0].share, entry[0].kl)):
-        drawn.add_row(f"{point.share:.1%}", f"{point.kl:.5f}", str(point.names.count("none")), escape(_plain(what)),
+        drawn.add_row(f"{point.share:.1%}", f"{point.kl:.5f}", str(point.names.count("none")), escape(plain(what)),
                       style="bold" if what.startswith("chosen") else None)
     return drawn
 
@@ -66,26 +66,26 @@ def front_svg(choice: Choice, title: str = "") -> str:
         return (_LEFT + (_WIDTH - _LEFT - _RIGHT) * max(share, 0.0) / right,
                 _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * kl / top)
 
-    parts = [_text(_LEFT, 22, title or "Which layers: KL over hidden time", "title")]
+    parts = [text(_LEFT, 22, title or "Which layers: KL over hidden time", "title")]
     left, base = at(0, 0)
     parts += [_line(left, base, _WIDTH - _RIGHT, base), _line(left, base, left, _TOP)]
     for step in range(6):
         x, _ = at(step / 5, 0)
         _, y = at(0, top * step / 5)
-        parts += [_text(x, base + 16, f"{step * 20} %", "small", anchor="middle"),
-                  _text(left - 6, y + 4, f"{top * step / 5:.3g}", "small", anchor="end")]
-    parts += [_text((left + _WIDTH - _RIGHT) / 2, base + 32, "predicted share of the hidden time", anchor="middle"),
-              _text(left, _TOP - 8, "sum of KL, nats a token", "small")]
+        parts += [text(x, base + 16, f"{step * 20} %", "small", anchor="middle"),
+                  text(left - 6, y + 4, f"{top * step / 5:.3g}", "small", anchor="end")]
+    parts += [text((left + _WIDTH - _RIGHT) / 2, base + 32, "predicted share of the hidden time", anchor="middle"),
+              text(left, _TOP - 8, "sum of KL, nats a token", "small")]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(p.share, p.kl) for p in choice.front))
     parts.append(f'<polyline class="front" points="{path}"/>')
     parts += [f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in (at(p.share, p.kl) for p in choice.front)]
     for name, p in choice.uniform.items():
         x, y = at(p.share, p.kl)
         parts += [f'<circle class="uniform" cx="{x:.1f}" cy="{y:.1f}" r="4">{_hint(_of(p, name))}</circle>',
-                  _text(x - 8, y - 6, name, "small", anchor="end" if p.share > 0.5 * right else "start")]
+                  text(x - 8, y - 6, name, "small", anchor="end" if p.share > 0.5 * right else "start")]
     x, y = at(choice.share, choice.kl)
     what = f"chosen for {choice.wanted:.0%}: {choice.share:.1%} hidden, KL {choice.kl:.4g}"
-    parts += [f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="5">{_hint(what)}</circle>', _text(left, _HEIGHT - 34, what)]
+    parts += [f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="5">{_hint(what)}</circle>', text(left, _HEIGHT - 34, what)]
     parts += _strip(choice.names, left, _HEIGHT - 26, _WIDTH - _RIGHT - left)
     body = "\n  ".join(parts)
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">\n'
@@ -108,18 +108,5 @@ def _line(x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="axis" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, words: str, kind: str = "plain", *, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_safe(words)}</text>'
-
-
 def _hint(words: str) -> str:
-    return f"<title>{_safe(words)}</title>"
-
-
-def _safe(words: str) -> str:
-    return html.escape(_plain(words), quote=True)
-
-
-def _plain(words: str) -> str:
-    """Without what neither XML nor a terminal takes as text: control characters and halves of surrogates."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", words)
+    return f"<title>{safe(words)}</title>"

@@ -31,14 +31,14 @@ def lines(title: str, x_name: str, y_name: str, series: Mapping[str, Mapping[flo
     def x_of(x: float) -> float:
         return _LEFT + (math.log2(x) - first) / ((last - first) or 1.0) * (_WIDTH - _LEFT - _RIGHT)
 
-    parts = [*scale.drawn(y_name), *(_text(x_of(x), scale.of(0) + 18, f"{x:g}", "middle") for x in at),
-             _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_name, "middle")]
+    parts = [*scale.drawn(y_name), *(text(x_of(x), scale.of(0) + 18, f"{x:g}", anchor="middle") for x in at),
+             text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_name, anchor="middle")]
     for number, (name, line) in enumerate(series.items()):
         points = [(x_of(x), scale.of(y)) for x, y in sorted(line.items())]
         colour = f"var(--c{number % COLOURS})"
         parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" fill="none" stroke="{colour}" '
                      'stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{_safe(f"{name}: {value:.4g}")}</title></circle>'
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{safe(f"{name}: {value:.4g}")}</title></circle>'
                   for (x, y), (_, value) in zip(points, sorted(line.items()))]
     return _svg(title, [*parts, *_legend(series)])
 
@@ -50,12 +50,12 @@ def bars(title: str, y_name: str, groups: Sequence[str], series: Mapping[str, Se
     width, parts = 0.8 * step / max(len(series), 1), scale.drawn(y_name)
     for place, group in enumerate(groups):
         left = _LEFT + (place + 0.1) * step
-        parts.append(_text(left + 0.4 * step, scale.of(0) + 18, group, "middle"))
+        parts.append(text(left + 0.4 * step, scale.of(0) + 18, group, anchor="middle"))
         for number, (name, values) in enumerate(series.items()):
             top = scale.of(values[place])
             parts.append(f'<rect x="{left + number * width:.1f}" y="{top:.1f}" width="{0.92 * width:.1f}" '
                          f'height="{scale.of(0) - top:.1f}" fill="var(--c{number % COLOURS})">'
-                         f'<title>{_safe(f"{group}, {name}: {values[place]:.4g}")}</title></rect>')
+                         f'<title>{safe(f"{group}, {name}: {values[place]:.4g}")}</title></rect>')
     return _svg(title, [*parts, *_legend(series)])
 
 
@@ -71,29 +71,30 @@ class _Scale:
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * value / (self.step * self.steps)
 
     def drawn(self, name: str) -> list[str]:
-        parts = [_text(_LEFT - 8, _TOP - 10, name, "start")]
+        parts = [text(_LEFT - 8, _TOP - 10, name, anchor="start")]
         for number in range(self.steps + 1):
             y = self.of(number * self.step)
             parts += [f'<line class="{"grid" if number else "axis"}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>',
-                      _text(_LEFT - 8, y + 4, f"{number * self.step:g}", "end")]
+                      text(_LEFT - 8, y + 4, f"{number * self.step:g}", anchor="end")]
         return parts
 
 
 def _legend(names: Mapping[str, object]) -> list[str]:
     return [part for number, name in enumerate(names) for part in (
         f'<rect x="{_WIDTH - _RIGHT + 16}" y="{_TOP + 20 * number}" width="11" height="11" fill="var(--c{number % COLOURS})"/>',
-        _text(_WIDTH - _RIGHT + 33, _TOP + 10 + 20 * number, name, "start"))]
+        text(_WIDTH - _RIGHT + 33, _TOP + 10 + 20 * number, name, anchor="start"))]
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:
-    body = "\n".join([f'<text class="title" x="{_LEFT - 8}" y="20">{_safe(title)}</text>', *parts])
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_safe(title)}">\n'
+    body = "\n".join([f'<text class="title" x="{_LEFT - 8}" y="20">{safe(title)}</text>', *parts])
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{safe(title)}">\n'
             f"<style>{_STYLE}</style>\n{body}\n</svg>\n")
 
 
-def _text(x: float, y: float, words: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_safe(words)}</text>'
+def text(x: float, y: float, words: str, kind: str = "plain", *, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{safe(words)}</text>'
 
 
-def _safe(words: str) -> str:
+def safe(words: str) -> str:
+    """For text and attributes of XML."""
     return escape(plain(words), quote=True)
