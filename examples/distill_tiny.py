@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--scratch", default="none", metavar="NAME",
                         help="with --train-teacher: the connectivity from the first step on (none)")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="convert this teacher, repair it, measure each")
-    parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences for the refit; 0: no refit (12)")
+    parser.add_argument("--batches", type=int, default=18, help=f"of {BATCH} sequences for the refit; 0: no refit (18)")
     parser.add_argument("--share", type=float, nargs="+", default=[0.2],
                         help="of the teacher's tokens, for a distillation each; 0: none (0.2)")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl", help="ce: plain training, for comparison (kl)")
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences a step of the distillation (4)")
     parser.add_argument("--rate", type=float, default=1e-3, help="its learning rate (1e-3)")
     parser.add_argument("--optimizer", choices=("muon", ""), default="muon", help='"": AdamW, which wants --rate 5e-4 (muon)')
-    parser.add_argument("--hidden", type=float, default=2.0, help="weight of the states between layers, falling to 0 (2)")
+    parser.add_argument("--hidden", type=float, default=10.0, help="weight of the states between layers, falling to 0 (10)")
     parser.add_argument("--inner", choices=("inductor", "eager"), default="eager", help="what runs the student in training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
