@@ -31,17 +31,17 @@ def test_states_against_a_loop():
 
 
 def test_states_in_a_run(tmp_path):
-    """On top of the KL, falling to zero; one batch or four micro-batches are the same."""
-    found = {}
-    for name, options in {"without": dict(), "with": dict(hidden=0.5), "parts": dict(hidden=0.5)}.items():
-        sizes = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4) if name == "parts" else dict(
-            per_device_train_batch_size=8)
-        found[name] = distill(model_of(), Texts(padded=True), inner="eager", **options,
+    """On top of the KL, falling to zero; one batch or four micro-batches are the same, and lowered graphs."""
+    found, one, four = {}, dict(per_device_train_batch_size=8), dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    for name, hidden, inner, sizes in (("without", 0.0, "eager", one), ("with", 0.5, "eager", one), ("parts", 0.5, "eager", four),
+                                       ("lowered", 0.5, "aot_eager", one)):
+        found[name] = distill(model_of(), Texts(padded=True), inner=inner, hidden=hidden,
                               args=arguments(tmp_path / name, max_steps=2, **sizes)).state.log_history[:2]
     first, second = ([found["with"][step][key] for key in ("loss", "kl", "grad_norm")] for step in (0, 1))
     assert first[1] == pytest.approx(found["without"][0]["kl"]) and first[0] - first[1] > 0.01
     assert (second[0] - second[1]) / (first[0] - first[1]) == pytest.approx(0.5, rel=0.3)
-    assert [found["parts"][0][key] for key in ("loss", "kl", "grad_norm")] == pytest.approx(first, rel=1e-4)
+    for name in ("parts", "lowered"):
+        assert [found[name][0][key] for key in ("loss", "kl", "grad_norm")] == pytest.approx(first, rel=1e-4), name
 
 
 # --- Muon -----------------------------------------------------------------------------------------------------------

@@ -97,8 +97,8 @@ class DistillConfig:
             raise ConfigError('teacher="cached" keeps log-probabilities and no states: leave hidden at 0')
         if self.teacher == "cached" and not self.cache:
             raise ConfigError('teacher="cached" needs cache=FOLDER')
-        for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0), ("hidden", 0),
-                          ("top_k", None), ("stop_patience", None), ("stop_delta", 0), ("scan_batches", None),
+        for name, low in (("temperature", None), ("chunk_mb", None), ("kl", 0), ("cross_entropy", 0), ("router_aux_loss", 0),
+                          ("hidden", 0), ("top_k", None), ("stop_patience", None), ("stop_delta", 0), ("scan_batches", None),
                           ("refit_batches", 0)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -242,7 +242,8 @@ def make(planner: Planner, *, gpus: int, ep: int, dp: int, device: str, link: st
     return Plan(
         model=t.name, connectivity=planner.connectivity, training=t.training, gpus=gpus, tokens=t.tokens, context=t.context,
         device=device, link=link, shard=planner.shard, rates=planner.rates.to_dict(), asked=asked, by_ep=by_ep,
-        by_link=by_link, by_exchange=planner.over_exchanges(ep, dp), best=min(fitting, key=lambda p: p.variants[1].step_s).ep if fitting else None,
+        by_link=by_link, by_exchange=planner.over_exchanges(ep, dp),
+        best=min(fitting, key=lambda p: p.variants[1].step_s).ep if fitting else None,
         ends=where_it_ends(by_ep, by_link))
 
 
