@@ -36,6 +36,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -379,14 +380,23 @@ class _Unpickler(pickle.Unpickler):
                               "damaged, or made to run code when it is read")
 
 
+def _require_small(data: bytes) -> None:
+    """Raise where the pickle wants more memory than its own size explains: a flipped byte in the number of a memo makes the unpickler
+    fill up to 32 GB, and one in a length makes it allocate that much (pickletools checks lengths by itself)."""
+    for code, number, _ in pickletools.genops(data):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > len(data):
+            raise ValueError(f"memo {number} in a pickle of {len(data)} bytes")
+
+
 class _Reader(dcp.FileSystemReader):
     """Reads the metadata with `_Unpickler`."""
 
     def read_metadata(self, *args, **kwargs):
         path = Path(self.path, ".metadata")
         try:
-            with open(path, "rb") as file:
-                metadata = _Unpickler(file).load()
+            data = path.read_bytes()
+            _require_small(data)
+            metadata = _Unpickler(io.BytesIO(data)).load()
         except (CheckpointError, OSError):
             raise
         except Exception as error:      # a damaged pickle builds its objects from anything, and they raise anything

@@ -184,6 +184,15 @@ def test_metadata_of_a_checkpoint(tmp_path):
     assert found == {"read", "CheckpointError"}
 
 
+@pytest.mark.parametrize("data", [b"\x80\x04]r\xff\xff\xff\x7f.", b"\x80\x04]p2147483647\n.", b"\x80\x05\x96" + b"\xff" * 6 + b"\0\0.",
+                                  b"\x80\x04\x8d" + b"\xff" * 6 + b"\0\0."])
+def test_metadata_that_wants_all_memory(tmp_path, data):
+    """Places of memos and lengths far beyond the file: refused before anything of that size is made."""
+    (tmp_path / ".metadata").write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged: ValueError"):
+        _Reader(tmp_path).read_metadata()
+
+
 class Runs:
     def __reduce__(self):
         return Path.touch, (Path("ran"),)
