@@ -63,7 +63,7 @@ RUNS = (
                                "--variants stock exact_chunks farskip_chunks --budget 60"),
     Run("step_dp2", "a step, dp 2 x ep 2", f"{BENCH} --mode step --layers 3 --tokens 1024 --dp 2 --comm-ratio 1.0 "
                                            "--variants stock farskip farskip_chunks --budget 60"),
-    Run("growth", "passes over depth", "farskip_fx.bench.growth"),
+    Run("growth", "passes over depth", "farskip_fx.bench.growth --layers 4 16 64"),
 )
 SPEED = tuple(run for run in RUNS if run.command.startswith(BENCH))
 
