@@ -62,6 +62,7 @@ def test_tables(folder):
     assert row == "| 4 layers, 2048 tokens | 1 | 200 | 140 | **100** | 2.00x | 1.40x | 1.00x | 100% |"
     assert "| peers | not measured |" in text and "2026-01-02 | 3 | 0.5: 500, 1: 500 |" in text
     assert "| 64 | 10 | 20 | 2.0 | 0.10 | 0.10 | 10.0% | 1 |" in text
+    assert "](img/speed-up.svg)" in text and "](img/speed-up-training.svg)" not in text     # of what was measured
     assert written(folder, "--only") == text        # again: the same
 
 

@@ -175,21 +175,22 @@ def growth(results: dict[str, dict]) -> str:
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------
-def plot_ratios(results: dict[str, dict]) -> str | None:
-    if "forward" not in results:
+def plot_ratios(results: dict[str, dict], run: str, mode: str, what: str) -> str | None:
+    if run not in results:
         return None
-    curve = results["forward"]["found"]["forward"]["curve"]
+    curve = results[run]["found"][mode]["curve"]
     names = [one["name"] for one in curve[0]["variants"]]
-    return lines("Speed-up over stock Inductor, forward", "exchanges alone over compute alone", "times",
+    return lines(f"Speed-up over stock Inductor, {what}", "exchanges alone over compute alone", "times",
                  {name: {point["ratio"]: one["speedup_slow"] for point in curve for one in point["variants"] if one["name"] == name}
                   for name in names})
 
 
 def plot_exposed(results: dict[str, dict]) -> str | None:
     """Layer by layer: what exchanges take alone (all of it exposed in stock), and what of it ``farskip`` waits for."""
-    if "forward" not in results:
+    run = next((name for name in ("forward", "peers") if name in results), None)
+    if run is None:
         return None
-    figures = results["forward"]["found"]["forward"]
+    figures = results[run]["found"]["forward"]
     waits = [(int(one["place"].rsplit(" ", 1)[1]), one["predicted_ms"], one["measured_ms"])
              for one in figures["exposed"]["collectives"] if re.search(r" of layer \d+$", one["place"])]
     layers = sorted({layer for layer, *_ in waits})
@@ -210,10 +211,18 @@ def plot_growth(results: dict[str, dict]) -> str | None:
 
 
 TABLES: dict[str, Callable[[dict[str, dict]], str]] = {
-    "machine": where, "forward": lambda found: times(found, "forward"), "training": lambda found: times(found, "train", "step"),
-    "growth": growth, "commands": commands}
+    "machine": where, "growth": lambda found: growth(found) + pictures(found, "growth"), "commands": commands,
+    "forward": lambda found: times(found, "forward") + pictures(found, "speed-up", "exposed"),
+    "training": lambda found: times(found, "train", "step") + pictures(found, "speed-up-training")}
 PLOTS: dict[str, Callable[[dict[str, dict]], str | None]] = {
-    "speed-up.svg": plot_ratios, "exposed.svg": plot_exposed, "growth.svg": plot_growth}
+    "speed-up": lambda found: plot_ratios(found, "forward", "forward", "forward"),
+    "speed-up-training": lambda found: plot_ratios(found, "train_ratios", "train", "forward and backward"),
+    "exposed": plot_exposed, "growth": plot_growth}
+
+
+def pictures(results: dict[str, dict], *names: str) -> str:
+    """Those of ``PLOTS`` that there is something to draw for, beside the document."""
+    return "".join(f"\n\n![{name}](img/{name}.svg)" for name in names if PLOTS[name](results) is not None)
 
 
 def write(document: Path, results: dict[str, dict]) -> None:
@@ -227,7 +236,7 @@ def write(document: Path, results: dict[str, dict]) -> None:
     for name, plot in PLOTS.items():
         if (drawn := plot(results)) is not None:
             (document.parent / "img").mkdir(exist_ok=True)
-            (document.parent / "img" / name).write_text(drawn)
+            (document.parent / "img" / f"{name}.svg").write_text(drawn)
     document.write_text(text)
 
 
