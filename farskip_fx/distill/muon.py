@@ -10,7 +10,6 @@ here experts that are stacked, [experts, rows, columns], are a matrix each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -89,17 +88,15 @@ def groups_of(model: nn.Module, weight_decay: float) -> list[dict]:
     base = base_of(model)
     ends = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None}
     parts: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in _trained(model):
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if hasattr(parameter, "placements"):
             raise ConfigError(f"optimizer='muon' needs whole matrices, and {name} is a DTensor (FSDP2); leave the option out")
         matrix = id(parameter) not in ends and parameter.dim() in (2, 3) and min(parameter.shape[-2:]) >= _LEAST
         parts.setdefault((matrix, parameter.dim() > 1), []).append(parameter)
     return [{"params": found, "matrices": matrix, "weight_decay": weight_decay if decayed else 0.0}
             for (matrix, decayed), found in parts.items()]
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 class MuonOf:

@@ -448,7 +448,7 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
     if args.n_gpu > 1:
         raise ConfigError("several devices in one process (nn.DataParallel) are not supported: start with torchrun, or set "
                           "CUDA_VISIBLE_DEVICES to one device")
-    if config.optimizer and args.optim != _usual(args, "optim"):
+    if config.optimizer and args.optim != _usual(args)["optim"]:
         raise ConfigError(f"optimizer={config.optimizer!r} and TrainingArguments(optim={str(getattr(args.optim, 'value', args.optim))!r}) "
                           "are two optimizers; leave one of them out")
     if config.stop_metric is None:
@@ -462,13 +462,14 @@ def _require(args: TrainingArguments, config: DistillConfig, tasks: Mapping | No
         raise ConfigError(f"stop_metric={config.stop_metric!r} needs TrainingArguments(greater_is_better=True or False)")
 
 
-def _usual(args: TrainingArguments, name: str):
-    return next(f.default for f in dataclasses.fields(args) if f.name == name)
+def _usual(args: TrainingArguments) -> dict:
+    """Defaults by name. (A second TrainingArguments would reset accelerate.)"""
+    return {f.name: f.default for f in dataclasses.fields(args)}
 
 
 def _changed(args: TrainingArguments) -> dict:
     """The training arguments that are not at their default, as plain values."""
-    usual = {f.name: f.default for f in dataclasses.fields(args)}       # (a second TrainingArguments would reset accelerate)
+    usual = _usual(args)
     plain = (str, int, float, bool, list, dict)
     return {name: value for name, value in args.to_dict().items()
             if name in usual and name != "hub_token" and value != usual[name] and isinstance(value, plain)}
