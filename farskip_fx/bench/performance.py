@@ -214,32 +214,28 @@ def plot_growth(results: dict[str, dict]) -> str | None:
 
 
 TABLES: dict[str, Callable[[dict[str, dict]], str]] = {
-    "machine": where, "growth": lambda found: growth(found) + pictures(found, "growth"), "commands": commands,
-    "forward": lambda found: times(found, "forward") + pictures(found, "speed-up", "exposed"),
-    "training": lambda found: times(found, "train", "step") + pictures(found, "speed-up-training")}
+    "machine": where, "forward": lambda found: times(found, "forward"), "training": lambda found: times(found, "train", "step"),
+    "growth": growth, "commands": commands}
 PLOTS: dict[str, Callable[[dict[str, dict]], str | None]] = {
     "speed-up": lambda found: plot_ratios(found, "forward", "forward", "forward"),
     "speed-up-training": lambda found: plot_ratios(found, "train_ratios", "train", "forward and backward"),
     "exposed": plot_exposed, "growth": plot_growth}
-
-
-def pictures(results: dict[str, dict], *names: str) -> str:
-    """Those of ``PLOTS`` that there is something to draw for, beside the document."""
-    return "".join(f"\n\n![{name}](img/{name}.svg)" for name in names if PLOTS[name](results) is not None)
+BELOW = {"forward": ("speed-up", "exposed"), "training": ("speed-up-training",), "growth": ("growth",)}     # of a table: its plots
 
 
 def write(document: Path, results: dict[str, dict]) -> None:
-    """The tables into ``document``, the plots beside it."""
+    """The tables into ``document``, the plots of what there is beside it."""
     text = document.read_text()
+    drawn = {name: svg for name, plot in PLOTS.items() if (svg := plot(results)) is not None}
     for name, table in TABLES.items():
+        body = "\n\n".join((table(results), *(f"![{plot}](img/{plot}.svg)" for plot in BELOW.get(name, ()) if plot in drawn)))
         text, count = re.subn(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)",
-                              lambda match: f"{match[1]}\n{table(results)}\n\n{match[2]}", text, flags=re.DOTALL)
+                              lambda match: f"{match[1]}\n{body}\n\n{match[2]}", text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"{document} has {count} places for {name}: it needs one <!-- measured: {name} --> and <!-- end -->")
-    for name, plot in PLOTS.items():
-        if (drawn := plot(results)) is not None:
-            (document.parent / "img").mkdir(exist_ok=True)
-            (document.parent / "img" / f"{name}.svg").write_text(drawn)
+    for name, svg in drawn.items():
+        (document.parent / "img").mkdir(exist_ok=True)
+        (document.parent / "img" / f"{name}.svg").write_text(svg)
     document.write_text(text)
 
 
