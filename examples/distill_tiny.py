@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--scratch", default="none", metavar="NAME",
                         help="with --train-teacher: the connectivity from the first step on (none)")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="convert this teacher, repair it, measure each")
-    parser.add_argument("--batches", type=int, default=18, help=f"of {BATCH} sequences for the refit; 0: no refit (18)")
+    parser.add_argument("--batches", type=int, default=12, help=f"of {BATCH} sequences for the refit; 0: no refit (12)")
     parser.add_argument("--share", type=float, nargs="+", default=[0.2],
                         help="of the teacher's tokens, for a distillation each; 0: none (0.2)")
     parser.add_argument("--loss", choices=("kl", "ce"), default="kl", help="ce: plain training, for comparison (kl)")

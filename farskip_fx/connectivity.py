@@ -6,6 +6,8 @@ of the model *without* some contributions. ``earlier`` are all layers before it 
     attention k reads            MLP/MoE k reads              source
     none       as the model      as the model
     farskip    R - routed(k-1)   R, before attention k        FarSkip-Collective, arXiv 2511.11505, section 3
+    farskip_shared  as farskip   as farskip; its shared       the shared expert as in ScMoE, arXiv 2404.05019: behind
+                                 expert as the model          attention k it hides the combine all the same
     attn_only  R - routed(k-1)   as the model                 the authors' switch for bisecting
     mlp_only   R                 R, before attention k        the authors' switch for bisecting
     ladder     R - MLP(k-1)      R, before attention k        Ladder-Residual, arXiv 2501.06589
@@ -39,6 +41,10 @@ def farskip(layer: Layer, earlier: Sequence[Layer]) -> Reads:
     return Reads(attention=_without_routed(earlier), mlp=_without_attention(layer))
 
 
+def farskip_shared(layer: Layer, earlier: Sequence[Layer]) -> Reads:
+    return Reads(attention=_without_routed(earlier), mlp=_without_attention(layer), shared=())
+
+
 def attn_only(layer: Layer, earlier: Sequence[Layer]) -> Reads:
     return Reads(attention=_without_routed(earlier))
 
@@ -62,7 +68,7 @@ def _without_attention(layer: Layer) -> tuple[Missing, ...]:
 
 
 CONNECTIVITIES: dict[str, Connectivity] = {
-    "none": none, "farskip": farskip, "attn_only": attn_only, "mlp_only": mlp_only, "ladder": ladder,
+    "none": none, "farskip": farskip, "farskip_shared": farskip_shared, "attn_only": attn_only, "mlp_only": mlp_only, "ladder": ladder,
 }
 BUILT_IN = tuple(CONNECTIVITIES)
 # Those that have something to do in a model without MoE layers.
@@ -129,8 +135,8 @@ def known_names(name) -> str:
 def ask(name: str, layer: Layer, earlier: Sequence[Layer]) -> Reads:
     """What connectivity ``name`` says about ``layer``, checked.
 
-    In the answer each block occurs once (its whole contribution covers its routed part), and the routed part of a dense
-    MLP, which has none, not at all.
+    In the answer each block occurs once (its whole contribution covers its routed part), the routed part of a dense MLP, which
+    has none, not at all, and ``shared`` is None where nothing reads otherwise than the rest of its block.
 
     Raises:
         ConfigError: names the connectivity, the layer and what is wrong.
@@ -147,8 +153,10 @@ def ask(name: str, layer: Layer, earlier: Sequence[Layer]) -> Reads:
                     f"got {reads!r}")
     known = {before.index: before for before in (*earlier, layer)}
     answer = {}
-    for side in ("attention", "mlp"):
+    for side in ("attention", "mlp", "shared"):
         missing = getattr(reads, side)
+        if side == "shared" and missing is None:
+            continue
         if not isinstance(missing, (tuple, list)) or not all(isinstance(m, Missing) for m in missing):
             raise wrong(f"{side}= must be a tuple of farskip_fx.connectivity.Missing (one alone: (Missing(...),)), got "
                         f"{missing!r}")
@@ -163,6 +171,8 @@ def ask(name: str, layer: Layer, earlier: Sequence[Layer]) -> Reads:
             parts[place] = "all" if "all" in (m.part, parts.get(place)) else "routed"
         # "attention" sorts before "mlp": the order of the blocks in the model.
         answer[side] = tuple(Missing(layer=k, block=block, part=part) for (k, block), part in sorted(parts.items()))
+    if "shared" in answer and (layer.mlp.kind != "moe" or not layer.mlp.shared or answer["shared"] == answer["mlp"]):
+        del answer["shared"]
     return Reads(**answer)
 
 
@@ -178,6 +188,6 @@ def _problem(missing: Missing, layer: Layer, side: str, known: Collection[int]) 
         return "layer must be the index of a layer"
     if index not in known:
         return f"among this layer and those before it on its stream there is no layer {index}"
-    if index == layer.index and (side, missing.block) != ("mlp", "attention"):
+    if index == layer.index and (side == "attention" or missing.block == "mlp"):
         return "it is not computed yet at that point: only blocks that come earlier in the model can be left out"
     return ""

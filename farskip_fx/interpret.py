@@ -6,35 +6,30 @@ simple; ``verify`` compares with it.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from .passes.dataflow import op_name, value_inputs
 from .passes.detect import Block, Blocks
-from .passes.rewire import shared_nodes
+from .passes.rewire import Reader
 from .passes.sums import sum_of
 
 
 class Direct:
-    """Evaluates ``gm``, whose blocks read the stream without what ``hidden`` says."""
+    """Evaluates ``gm``, whose ``readers`` read the stream without what is hidden from them."""
 
-    def __init__(self, gm: GraphModule, blocks: Blocks, hidden: dict[Node, tuple[tuple[Block, str], ...]]) -> None:
-        self.gm, self.blocks, self.hidden = gm, blocks, hidden
+    def __init__(self, gm: GraphModule, blocks: Blocks, readers: Sequence[Reader]) -> None:
+        self.gm, self.blocks, self.readers = gm, blocks, readers
         self.interpreter = Interpreter(gm)
-        self.owner: dict[Node, Block] = {}
-        self.shared: dict[Node, tuple[Node, ...]] = {}
-        every = [b for layer in blocks.layers for b in layer.blocks]
-        for block in (b for b in every if b.node in hidden):
-            self.shared[block.node] = shared_nodes(block)
-            for node in blocks.flow.members(block.contribution.branch):
-                if node not in self.shared[block.node]:
-                    self.owner[node] = block
+        self.owner = {node: i for i, reader in enumerate(readers) for node in blocks.flow.members(reader.nodes)}
 
     def run(self, *args) -> object:
         """What the graph returns; ``values`` then holds what each node was."""
         self.values: dict[Node, object] = {}
-        self.seen_by: dict[Node, dict[Node, object]] = {}
+        self.seen_by: dict[int, dict[Node, object]] = {}
         inputs = iter(args)
         for node in self.gm.graph.nodes:
             if node.op == "placeholder":
@@ -50,23 +45,24 @@ class Direct:
         args, kwargs = (map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
         return getattr(self.interpreter, node.op)(node.target, args, kwargs)
 
-    def _seen_by(self, block: Block) -> dict[Node, object]:
-        """The values as ``block`` sees them: its state without what is hidden, and what is computed from that."""
-        if block.node not in self.seen_by:
-            position = block.contribution.origin
+    def _seen_by(self, number: int) -> dict[Node, object]:
+        """The values as a reader sees them: its state without what is hidden, and what is computed from that."""
+        if number not in self.seen_by:
+            reader = self.readers[number]
+            position = reader.block.contribution.origin
             mine = _Over(self.values)
-            mine[block.stream.states[position]] = self._without(block, position)
-            for node in self.shared[block.node]:
+            mine[reader.block.stream.states[position]] = self._without(reader, position)
+            for node in reader.clones:
                 mine[node] = self._call(node, mine)
-            self.seen_by[block.node] = mine
-        return self.seen_by[block.node]
+            self.seen_by[number] = mine
+        return self.seen_by[number]
 
-    def _without(self, block: Block, position: int) -> torch.Tensor:
-        stream, hidden = block.stream, self.hidden[block.node]
+    def _without(self, reader: Reader, position: int) -> torch.Tensor:
+        stream, hidden = reader.block.stream, reader.hidden
         if not any(other.update < position for other, _ in hidden):
             return self.values[stream.states[position]]
         update = stream.updates[position - 1]
-        base = self._without(block, position - 1)
+        base = self._without(reader, position - 1)
         here = {other.node: (other, part) for other, part in hidden if other.update == position - 1}
         whole = len(here) == len(update.contributions) and all(part == "all" for _, part in here.values())
         after = self.values[update.after]

@@ -20,7 +20,7 @@ from .passes.checkpointing import inline_checkpoints
 from .passes.detect import Blocks, detect, is_busy
 from .passes.normalize import normalize
 from .passes.residual import NoStream, find_streams
-from .passes.rewire import hidden_from, rewire
+from .passes.rewire import readers, rewire
 from .report import Report
 
 # Two ways to round the same sum, in units of the dtype's own precision.
@@ -132,7 +132,7 @@ class _Trace:
         twin = copy.deepcopy(gm)
         blocks, twin_blocks = self._detected(gm), self._detected(twin)
         how = plan_of(self.config, len(blocks.layers))
-        direct = Direct(gm, blocks, hidden_from(blocks, **how) if self.config.names else {})
+        direct = Direct(gm, blocks, readers(blocks, **how) if self.config.names else ())
         if self.config.names:
             rewire(twin.graph, twin_blocks, **how)
         compiled = inner.compile(self._with_states(twin, twin_blocks), example_inputs, config=self.config, mode=None,

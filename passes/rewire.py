@@ -47,9 +47,11 @@ class Missing:
 
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """What one layer's two blocks may not see."""
+    """What one layer's two blocks may not see. ``shared``: of an MoE with a shared expert, what that one may not see; None: as
+    ``mlp``, like the router and the routed experts."""
     attention: tuple[Missing, ...] = ()
     mlp: tuple[Missing, ...] = ()
+    shared: tuple[Missing, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,9 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Seque
     """Apply ``connectivity`` to ``layers`` (indices of decoder layers)."""
     reads, plan, refused = _decide(blocks, connectivity, layers)
     builder = Builder(graph)
-    changes = [change for i in sorted(plan) for redirect in plan[i] for change in _redirect(builder, blocks, redirect, i)]
+    # Where reads are built, one behind the other: two of one state may have parts in common.
+    behind = {redirect.state: redirect.state.next for redirects in plan.values() for redirect in redirects}
+    changes = [change for i in sorted(plan) for redirect in plan[i] for change in _redirect(builder, blocks, redirect, i, behind)]
     graph.lint()
     _check(blocks, [r for i in sorted(plan) for r in plan[i]])
     reports = tuple(_report(layer, reads.get(layer.index), plan.get(layer.index, ()), layers, refused.get(layer.index),
@@ -117,20 +121,19 @@ def rewire(graph: Graph, blocks: Blocks, *, connectivity: Callable[[Layer, Seque
     return Rewired(layers=reports, changes=tuple(changes), nodes_added=builder.added)
 
 
-def hidden_from(blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
-                layers: Collection[int]) -> dict[Node, tuple[tuple[Block, str], ...]]:
-    """What ``rewire`` would hide, by the node of the contribution of the block that it is hidden from; for checks."""
+def readers(blocks: Blocks, *, connectivity: Callable[[Layer, Sequence[Layer]], Reads],
+            layers: Collection[int]) -> tuple[Reader, ...]:
+    """What ``rewire`` would give another read, and what it would hide from it; for checks."""
     _, plan, _ = _decide(blocks, connectivity, layers)
-    return {redirect.block.node: redirect.hidden for redirects in plan.values() for redirect in redirects}
+    return tuple(redirect.reader for redirects in plan.values() for redirect in redirects)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """What one block would read: ``value`` in the place of ``state``."""
-    block: Block
+    """What ``reader`` would read: ``value`` in the place of ``state``."""
+    reader: Reader
     state: Node
     value: Node
-    shared: tuple[Node, ...]     # of the block's branch, what others compute with too: the block has a copy of its own
 
 
 def build_reads(graph: Graph, blocks: Blocks, *, connectivities: Mapping[str, Callable[[Layer, Sequence[Layer]], Reads]]
@@ -163,7 +166,7 @@ def build_reads(graph: Graph, blocks: Blocks, *, connectivities: Mapping[str, Ca
     behind = {r.state: r.state.next for r in redirects}
     values = [builder.realize(r.value, behind[r.state], f"{r.state.name} without what is in flight") for r in redirects]
     graph.lint()
-    read = {id(r): Read(block=r.block, state=r.state, value=value, shared=r.clones) for r, value in zip(redirects, values)}
+    read = {id(r): Read(reader=r.reader, state=r.state, value=value) for r, value in zip(redirects, values)}
     return {key: tuple(read[id(r)] for r in plan) for key, plan in plans.items()}, refused
 
 
@@ -186,9 +189,10 @@ def _decide(blocks: Blocks, connectivity, layers: Collection[int]):
 def _reads(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
     layer = blocks.layers[index]
     reads = connectivity(layer, [e for e in blocks.layers[:index] if e.mlp.stream is layer.mlp.stream])
-    seen = [tuple(m for m in side if m.layer in converted and _block(blocks, m) is not None)
-            for side in (reads.attention, reads.mlp)]
-    return Reads(attention=seen[0], mlp=seen[1])
+    attention, mlp, shared = (None if side is None else tuple(
+        m for m in side if m.layer in converted and _block(blocks, m) is not None)
+        for side in (reads.attention, reads.mlp, reads.shared))
+    return Reads(attention=attention, mlp=mlp, shared=shared if layer.mlp.shared and shared != mlp else None)
 
 
 def _block(blocks: Blocks, missing: Missing) -> Block | None:
@@ -199,22 +203,37 @@ def _block(blocks: Blocks, missing: Missing) -> Block | None:
 # --- planning ---------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
-class _Redirect:
-    """``block`` reads ``value`` instead of its state; ``clones`` are what it shares with others, in graph order."""
+class Reader:
+    """What reads another state than in the model: a block, or one half of an MoE.
+
+    ``nodes`` are those of its branch that are its own, as a bit set; ``clones`` are what it shares with others, in graph order.
+    """
     block: Block
+    hidden: tuple[tuple[Block, str], ...]
+    nodes: int
+    clones: tuple[Node, ...]
+    ends: tuple[Node, ...]       # the last ones
+    half: str = ""               # "routed" or "shared"; "": the whole block
+    beside: tuple[Node, ...] = ()    # for "routed": the terms of the other half, which it is added to
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Redirect:
+    """``reader`` reads ``value`` instead of ``state``."""
+    reader: Reader
     state: Node
     value: Recipe
-    hidden: tuple[tuple[Block, str], ...]
-    clones: tuple[Node, ...]
 
 
 def _plan(blocks: Blocks, layer: Layer, reads: Reads) -> list[_Redirect]:
-    sides = [*((block, reads.attention) for block in layer.leading), (layer.mlp, reads.mlp)]
-    found = (_read(blocks, block, missing) for block, missing in sides if missing)
+    sides = [(block, reads.attention, "") for block in layer.leading]
+    sides += [(layer.mlp, reads.mlp, "")] if reads.shared is None else \
+        [(layer.mlp, reads.mlp, "routed"), (layer.mlp, reads.shared, "shared")]
+    found = (_read(blocks, block, missing, half) for block, missing, half in sides if missing)
     return [redirect for redirect in found if redirect is not None]
 
 
-def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redirect | None:
+def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...], half: str) -> _Redirect | None:
     stream = block.stream
     origin = block.contribution.origin
     hidden = tuple((b, m.part) for m in missing
@@ -225,8 +244,13 @@ def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...]) -> _Redire
         return None
     if block.contribution.unclear is not None:
         raise Undefined(block.contribution.unclear)
-    _sees_no_other(blocks, block, hidden)
-    return _Redirect(block=block, state=state, value=value, hidden=hidden, clones=shared_nodes(block))
+    nodes, terms, common = _half(block, half) if half else (block.contribution.branch, (), 0)
+    ends, beside = (terms, ()) if half == "shared" else ((block.node,), terms)
+    _sees_no_other(blocks, block, hidden, _upstream(blocks, nodes, ends, stop=state) - {state})
+    clones = tuple(stream.flow.members((_shared(block) | common) & nodes & ~stream.flow.bit(block.node)))
+    reader = Reader(block=block, hidden=hidden, nodes=nodes & ~stream.flow.mask(clones), clones=clones, half=half, ends=ends,
+                    beside=beside)
+    return _Redirect(reader=reader, state=state, value=value)
 
 
 def _without(stream: Stream, position: int, hidden: tuple[tuple[Block, str], ...]) -> Recipe:
@@ -273,7 +297,7 @@ def _kept(flow: Dataflow, block: Block) -> Recipe:
     return Terms(flow=flow, routed=block.routed, routers=block.routers).kept(block.node)
 
 
-def shared_nodes(block: Block) -> tuple[Node, ...]:
+def _shared(block: Block) -> int:
     """What the block's branch has in common with the stream's own path and with parallel blocks: a norm, say."""
     stream, flow = block.stream, block.stream.flow
     others = 0
@@ -282,19 +306,51 @@ def shared_nodes(block: Block) -> tuple[Node, ...]:
         for contribution in update.contributions:
             if contribution.node is not block.node and contribution.origin == block.contribution.origin:
                 others |= contribution.branch
-    found = flow.members(others & block.contribution.branch & ~flow.bit(block.node))
+    found = others & block.contribution.branch & ~flow.bit(block.node)
     outside = flow.ancestors(flow.nodes[-1]) & ~stream.covered
-    for node in found:
+    for node in flow.members(found):
         aside = next((u for u in node.users if flow.bit(u) & outside), None)
         if aside is not None:
             raise Undefined(Reason(
                 "shared_computation", f"{node.name} ({op_name(node)}) is used by this block and the residual stream, and by "
                 f"{aside.name}, which is neither: what that should see is not known", node=node.name))
+    _computed_twice(flow, found)
+    return found
+
+
+def _computed_twice(flow: Dataflow, nodes: int) -> None:
+    for node in flow.members(nodes):
         if written_arguments(node) or drops(node) or op_name(node) in ("scaled_dot_product_attention", "topk"):
             raise Undefined(Reason(
                 "shared_computation", f"{node.name} ({op_name(node)}) is used by this block and by the residual stream or "
                 "another block beside it, and cannot be computed twice", node=node.name))
-    return tuple(found)
+
+
+def _half(block: Block, half: str) -> tuple[int, tuple[Node, ...], int]:
+    """Of the branch of an MoE: (what one half of it is computed from, and what is made of it; the terms beside the routed
+    experts; what the halves have in common). "shared": those terms; "routed": all others, the sum of both with them.
+
+    Raises:
+        Undefined: the two cannot be told apart.
+    """
+    flow, branch = block.stream.flow, block.contribution.branch
+    _kept(flow, block)
+    beside = Terms(flow=flow, routed=block.routed, routers=block.routers).beside(block.node)
+    routed, terms, feeding, shared = block.routed & branch, {term for _, term in beside}, 0, 0
+    for node in flow.members(routed):
+        for a in value_inputs(node):
+            if not flow.bit(a) & routed and (node, a) not in beside:
+                feeding |= flow.ancestors(a) | flow.bit(a)
+    for term in terms:
+        shared |= flow.ancestors(term) | flow.bit(term)
+    feeding, shared = feeding & branch, shared & branch
+    both = next((term for term in terms if flow.bit(term) & feeding), None)
+    if both is not None:
+        raise Undefined(Reason("shared_computation", f"{both.name} ({op_name(both)}) is a term beside the routed experts, and they "
+                               "read it, too: two states for the two are not defined", node=both.name))
+    common = feeding & shared
+    _computed_twice(flow, common)
+    return (routed | feeding) if half == "routed" else shared, tuple(sorted(terms, key=flow.position.__getitem__)), common
 
 
 def _of_update(flow: Dataflow, update: Update) -> int:
@@ -312,10 +368,9 @@ def _of_update(flow: Dataflow, update: Update) -> int:
     return seen
 
 
-def _sees_no_other(blocks: Blocks, block: Block, hidden) -> None:
-    """The block takes in hidden contributions by no other way than the state that it reads."""
-    state = block.stream.states[block.contribution.origin]
-    other = _seen_of(hidden, _upstream(blocks, block, stop=state) - {state})
+def _sees_no_other(blocks: Blocks, block: Block, hidden, upstream: set[Node]) -> None:
+    """It takes in hidden contributions by no other way than the state that it reads."""
+    other = _seen_of(hidden, upstream)
     if other is not None:
         raise Undefined(Reason(
             "reads_two_states", f"{block.label or block.node.name} reads the residual stream at two places, and one of "
@@ -330,23 +385,21 @@ def _seen_of(hidden: tuple[tuple[Block, str], ...], seen: set[Node]) -> Block | 
 
 # --- the change -------------------------------------------------------------------------------------------------
 
-def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect, layer: int) -> list[Change]:
-    flow, state = blocks.flow, redirect.state
+def _redirect(builder: Builder, blocks: Blocks, redirect: _Redirect, layer: int, behind: Mapping[Node, Node]) -> list[Change]:
+    flow, state, reader = blocks.flow, redirect.state, redirect.reader
     # Everything a read is made of lies before the state that it replaces; and gradients are on there if anywhere.
-    value = builder.realize(redirect.value, state.next, f"{state.name} without what is in flight")
+    value = builder.realize(redirect.value, behind[state], f"{state.name} without what is in flight")
     swaps: dict[Node, Node] = {state: value}
-    for node in redirect.clones:
+    for node in reader.clones:
         mine = tuple((a, swaps[a]) for a in node.all_input_nodes if a in swaps)
         if mine:
             swaps[node] = builder.realize(Copy(node, mine), node.next, f"{node.name}, read from {value.name}")
-    clones, changes = set(redirect.clones), []
-    for node in flow.members(redirect.block.contribution.branch):
-        if node in clones:
-            continue
+    changes = []
+    for node in flow.members(reader.nodes):
         for old in [a for a in node.all_input_nodes if a in swaps]:
             node.replace_input_with(old, swaps[old])
             node.meta["farskip"] = f"reads {value.name}, was {state.name}"
-            changes.append(Change(layer=layer, block=name_of(redirect.block), node=node.name, op=op_name(node), was=old.name,
+            changes.append(Change(layer=layer, block=name_of(reader.block), node=node.name, op=op_name(node), was=old.name,
                                   now=swaps[old].name, source=source_of(node)))
     return changes
 
@@ -357,18 +410,21 @@ def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
     What another block made of it (a shared expert that read it, indices that layers share) is that block's own output.
     """
     for redirect in redirects:
-        other = _seen_of(redirect.hidden, _upstream(blocks, redirect.block, stop=None))
+        reader = redirect.reader
+        nodes = reader.nodes | blocks.flow.mask(reader.clones)
+        other = _seen_of(reader.hidden, _upstream(blocks, nodes, reader.ends, stop=None))
         if other is not None:
             raise ContractBroken(
-                f"{redirect.block.label or redirect.block.node.name} still reads {other.node.name}, which it may not "
+                f"{reader.block.label or reader.block.node.name} still reads {other.node.name}, which it may not "
                 "see; please report this model")
 
 
-def _upstream(blocks: Blocks, block: Block, *, stop: Node | None) -> set[Node]:
-    """What ``block`` is computed from; nodes of other branches and ``stop`` are reached, but not passed."""
+def _upstream(blocks: Blocks, nodes: int, ends: Sequence[Node], *, stop: Node | None) -> set[Node]:
+    """What ``ends`` are computed from, by way of ``nodes`` of their branch; other nodes of branches and ``stop`` are reached, but
+    not passed."""
     flow = blocks.flow
-    others = blocks.branches & ~block.contribution.branch
-    seen, todo = set(), [block.node]
+    others = blocks.branches & ~nodes
+    seen, todo = set(), list(ends)
     while todo:
         current = todo.pop()
         if current in seen:
@@ -386,14 +442,19 @@ def _report(layer: Layer, reads: Reads | None, done, layers, reason: Reason | No
     k = layer.index
     before = ("the embedding" if begins else f"layer {k - 1} output", f"layer {k} attention output")
     # By node: the hash of a block takes in its whole stream.
-    changed = {redirect.block.node for redirect in done}
-    reads = Reads(attention=reads.attention if reads and any(b.node in changed for b in layer.leading) else (),
-                  mlp=reads.mlp if reads and layer.mlp.node in changed else ())
+    changed = {(redirect.reader.block.node, redirect.reader.half) for redirect in done}
+    mlp = layer.mlp.node
+    reads = reads or Reads()
+    reads = Reads(attention=reads.attention if any((b.node, "") in changed for b in layer.leading) else (),
+                  mlp=reads.mlp if {(mlp, ""), (mlp, "routed")} & changed else (),
+                  shared=reads.shared if (mlp, "shared") in changed else None if reads.shared is None else ())
     return LayerReport(
         index=k, kind=layer.mlp.kind, requested=k in layers, reason=reason, label=layer.mlp.label,
         rewired=bool(done),
         attention_read_before=before[0], mlp_read_before=before[1],
-        attention_reads=_describe(before[0], reads.attention), mlp_reads=_describe(before[1], reads.mlp, before[0]))
+        attention_reads=_describe(before[0], reads.attention),
+        mlp_reads=_describe(before[1], reads.mlp, before[0])
+        + ("" if reads.shared is None else f"; its shared expert: {_describe(before[1], reads.shared, before[0])}"))
 
 
 def _describe(before: str, missing: tuple[Missing, ...], earlier: str = "") -> str:

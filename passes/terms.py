@@ -66,6 +66,18 @@ class Terms:
                 node=node.name))
         return None
 
+    def beside(self, node: Node) -> set[tuple[Node, Node]]:
+        """(reader, term) of the terms of a contribution that are not routed, where ``kept`` is defined."""
+        total = sum_of(node)
+        if total is not None and total.two_terms:
+            inputs = (total.first, total.rest[0])
+        elif op_name(node) in ("index_add", "scatter_add") and node.args and not self.is_routed(node.args[0]):
+            inputs = node.args[:1]
+        else:
+            inputs = [a for a in [self._linear_in(node)] if a is not None]
+        found = {(node, a) for a in inputs if not self.is_routed(a) and not self._is_zero(a)}
+        return found.union(*(self.beside(a) for a in inputs if self.is_routed(a)))
+
     def _readable(self, node: Node) -> Node:
         late = self.flow.late_writes(node)
         if late:

@@ -36,10 +36,12 @@ from transformers.cache_utils import Cache
 ATTENTION, MLP = "attention", "mlp"
 
 # What each block reads: "full" (as the model has it), "outdated" (the state before the block in front of it), or
-# "partial" (that block's update with the routed experts left out).
+# "partial" (that block's update with the routed experts left out). "routed outdated": the router and the routed experts are
+# outdated, a shared expert reads "full"; without one the whole block is outdated.
 READS = {  # connectivity: (attention k, MLP k)
     "none": ("full", "full"),
     "farskip": ("partial", "outdated"),
+    "farskip_shared": ("partial", "routed outdated"),
     "attn_only": ("partial", "full"),
     "mlp_only": ("full", "outdated"),
     "ladder": ("outdated", "outdated"),
@@ -91,8 +93,10 @@ def walk(shape: "Shape", record: "Record", layers: list["Layer"], reads: tuple[s
             A = R  # of several mixers only the first has something in flight in front of it
 
         before_mlp = R
-        outdated = shape.parallel or (k in converted and mlp_reads == "outdated")
+        outdated = shape.parallel or (k in converted and mlp_reads != "full")
         contribution = contribute(shape, layer, record, R_before_mixer if outdated else before_mlp)
+        if k in converted and mlp_reads == "routed outdated" and None not in contribution:
+            contribution = contribution._replace(ready=contribute(shape, layer, record, before_mlp).ready)
         R = shape.update(layer.mlp, MLP, before_mlp, add_parts(contribution, R.dtype))
     return third_block(shape, record, layers[-1], R, R)[1]
 
@@ -109,7 +113,7 @@ def walk_normed(shape, record, layers, reads, converted) -> Tensor:
         mixed = record.calls[layer.self_attn].repeat(A)[0]
         before_attention = R
         before_mlp = layer.post_attention_layernorm(R * layer.attn_alpha_factor + mixed * layer.attn_beta_factor)
-        x = before_attention if k in converted and mlp_reads == "outdated" else before_mlp
+        x = before_attention if k in converted and mlp_reads != "full" else before_mlp
         R = before_mlp * layer.mlp_alpha_factor + layer.mlp(x) * layer.mlp_beta_factor
         if k + 1 < len(layers):
             R = layers[k + 1].mlp.input_layernorm(R)

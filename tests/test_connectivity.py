@@ -21,6 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import families
 import farskip_fx as fs
+import oracle as reference
 from compiled import _attempt, _copy, cause, logits_of, run, run_each
 from farskip_fx.backend import agree
 from farskip_fx.connectivity import BUILT_IN, CONNECTIVITIES, DENSE, Missing, Reads, ask
@@ -80,12 +81,17 @@ class Stream:
         layer = self.program.layers[len(self.attention)]
         self.attention.append(layer.spec.scale * layer.attention(state))
 
-    def feed(self, state):
+    def feed(self, state, of_shared=None):
         layer = self.program.layers[len(self.routed)]
+        routed, ready = self._parts(layer, state)
+        if of_shared is not None and layer.spec.is_moe:
+            ready = self._parts(layer, of_shared)[1]
+        self.routed.append(routed)
+        self.ready.append(ready)
+
+    def _parts(self, layer, state):
         x = layer.ffn_input(state)
-        parts = [0 if part is None else layer.spec.scale * part.view(x.shape) for part in layer.mlp.parts(x)]
-        self.routed.append(parts[0])
-        self.ready.append(parts[1])
+        return [0 if part is None else layer.spec.scale * part.view(x.shape) for part in layer.mlp.parts(x)]
 
     def logits(self):
         program = self.program
@@ -106,10 +112,11 @@ def shortcut(program, ids):
     s = Stream(program, ids)
     for k, layer in enumerate(program.layers):
         s.attend(s.whole(k))
+        late = s.whole(k) + s.attention[k]
         if layer.spec.is_moe and k:
-            s.feed(s.whole(k - 1) + s.attention[k - 1])
+            s.feed(s.whole(k - 1) + s.attention[k - 1], late)
         else:
-            s.feed(s.whole(k) + s.attention[k])
+            s.feed(late)
     return s.logits()
 
 
@@ -119,13 +126,14 @@ def per_layer(program, ids, names):
     for k, name in enumerate(names):
         state = s.whole(k)
         if k and names[k - 1] != "none":
-            if name in ("farskip", "attn_only"):
+            if name in ("farskip", "farskip_shared", "attn_only"):
                 state = state - s.routed[k - 1]
             if name == "ladder":
                 state = state - s.routed[k - 1] - s.ready[k - 1]
         R = s.whole(k)
         s.attend(state)
-        s.feed(R if name in ("farskip", "mlp_only", "ladder") else R + s.attention[k])
+        late = R + s.attention[k]
+        s.feed(R if name in ("farskip", "farskip_shared", "mlp_only", "ladder") else late, late if name == "farskip_shared" else None)
     return s.logits()
 
 
@@ -143,7 +151,8 @@ def by_hand(program, ids, hidden):
 
     for k, sides in enumerate(hidden):
         s.attend(without(s.whole(k), sides["attention"]))
-        s.feed(without(s.whole(k) + s.attention[k], sides["mlp"]))
+        late = s.whole(k) + s.attention[k]
+        s.feed(without(late, sides["mlp"]), without(late, sides["shared"]) if "shared" in sides else None)
     return s.logits()
 
 
@@ -244,7 +253,7 @@ def hf_shortcut(parts):
         mixed = parts.attend(layer, R)
         source = after_attention if k and parts.is_moe(layer) else R + mixed
         after_attention = R + mixed
-        R = after_attention + sum(parts.feed(layer, source))
+        R = after_attention + parts.feed(layer, source)[0] + parts.feed(layer, after_attention)[1]
     return parts.logits(R)
 
 
@@ -253,10 +262,12 @@ def hf_per_layer(parts, names):
     for k, (layer, name) in enumerate(zip(parts.layers, names)):
         state = R
         if k and names[k - 1] != "none":
-            state = {"ladder": before_mlp, "farskip": before_mlp + ready, "attn_only": before_mlp + ready}.get(name, R)
+            state = {"ladder": before_mlp, **dict.fromkeys(("farskip", "farskip_shared", "attn_only"), before_mlp + ready)}.get(name, R)
         mixed = parts.attend(layer, state)
         before_mlp = R + mixed
-        experts, ready = parts.feed(layer, R if name in ("farskip", "mlp_only", "ladder") else before_mlp)
+        experts, ready = parts.feed(layer, R if name in ("farskip", "farskip_shared", "mlp_only", "ladder") else before_mlp)
+        if name == "farskip_shared" and parts.is_moe(layer):
+            ready = parts.feed(layer, before_mlp)[1]
         R = before_mlp + (experts + ready)
     return parts.logits(R)
 
@@ -274,6 +285,57 @@ def test_examples_on_transformers(family):
             assert not isinstance(got, Exception), got
             assert all((want - other).abs().max() > 1e-3 for other in others)
             same(got, want)
+
+
+WITH_SHARED = ("deepseek_v3", "qwen2_moe", "glm4_moe", "llama4", "granitemoeshared", "ernie4_5_moe", "qwen3_next", "afmoe")
+
+
+@pytest.mark.parametrize("family", WITH_SHARED)
+def test_the_shared_expert_reads_its_own_layer(family):
+    model, inputs = families.tiny(family, jitter=0.1), families.inputs(family)
+    options = [{"connectivity": "farskip_shared", "layers": layers, "inner": "eager"} for layers in ("all", [1, 2])]
+    with torch.no_grad():
+        for got, layers in zip(run_each(model, inputs, options), (None, (1, 2))):
+            try:
+                want = reference.oracle(family, model, inputs, "farskip_shared", layers)
+            except reference.Undefined:
+                assert isinstance(got, fs.RefusedError), got
+                continue
+            assert not isinstance(got, Exception), got
+            same(got, want)
+            assert (want - reference.oracle(family, model, inputs, "farskip", layers)).abs().max() > 1e-3
+
+
+def test_the_report_names_what_the_shared_expert_reads():
+    model, inputs = families.tiny("deepseek_v3"), families.inputs("deepseek_v3")
+    fs.apply(model, connectivity="farskip_shared", inner="eager")
+    model(**inputs)
+    layers = fs.last_reports()[-1].layers
+    assert layers[1].mlp_reads == "layer 0 output (before attention); its shared expert: layer 1 attention output"
+    assert layers[0].mlp_reads == "the embedding (before attention)"            # dense: as in farskip
+    found = fs.verify(model, **inputs)
+    assert found.ok, found
+
+
+class Handed(torch.nn.Module):
+    """An MoE that adds what it was given, as it is, and its experts read the same tensor: no part that could read otherwise."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp.routed(x.reshape(-1, x.shape[-1])).view(x.shape) + x
+
+
+def test_a_term_that_the_experts_read_is_refused():
+    program = Program((MOE, BARE), 0).eval()
+    program.layers[1].mlp = Handed(program.layers[1].mlp)
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(program, backend="farskip", options={"connectivity": "farskip_shared", "inner": "eager"})(ids_of(0))
+    error = cause(caught.value)
+    assert isinstance(error, fs.RefusedError) and "layer 1" in str(error) and "two states" in str(error)
 
 
 def test_gradients_follow_the_connectivity():
@@ -321,6 +383,8 @@ def test_random_connectivities(specs, seed, data):
         part = st.sampled_from(["all", "routed"])
         sides = {"attention": st.dictionaries(st.sampled_from(earlier), part) if earlier else st.just({}),
                  "mlp": st.dictionaries(st.sampled_from([*earlier, (k, "attention")]), part)}
+        if data.draw(st.booleans(), label=f"{k} shared expert by itself"):
+            sides["shared"] = sides["mlp"]
         hidden.append({side: {place: "all" if place[1] == "attention" else how
                               for place, how in data.draw(each, label=f"{k} {side}").items()}
                        for side, each in sides.items()})
@@ -402,6 +466,8 @@ def missing(layer, block="mlp", part="routed"):
     (Reads(attention=(missing(0, "moe"),)), "block must be"),
     (Reads(attention=(missing(0, "mlp", "shared"),)), "part must be"),
     (Reads(mlp=(missing(1, "attention", "routed"),)), "no routed part"),
+    (Reads(shared=("routed",)), "shared= must be a tuple"),
+    (Reads(shared=(missing(1),)), "not computed yet"),
     (ZeroDivisionError("by zero"), "raised ZeroDivisionError: by zero"),
 ])
 def test_wrong_answers_name_connectivity_and_layer(registry, answer, text):

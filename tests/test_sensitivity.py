@@ -109,6 +109,20 @@ def test_a_dense_layer_and_shared_experts():
     assert moe.shared and moe.rows == 2 and moe.shared_flops == 2 * 3 * 64 * 32 and moe.expert_flops == 2 * 2 * 3 * 64 * 32
 
 
+def test_a_shared_expert_that_reads_by_itself():
+    """granitemoeshared: routed experts and shared one read two states, and each half is computed from its own."""
+    found = compare("granitemoeshared", ("farskip_shared", "mlp_only", "shared_alone"), {(1, "farskip_shared"), (1, "shared_alone")})
+    assert 0 < found.kl(1, "shared_alone") and found.kl(1, "farskip_shared") != found.kl(1, "mlp_only")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_alone():
+    register_connectivity("shared_alone", lambda layer, earlier: Reads(
+        shared=(Missing(layer=layer.index, block="attention", part="all"),)))
+    yield
+    del CONNECTIVITIES["shared_alone"]
+
+
 @pytest.mark.slow
 def test_refused_layers():
     """afmoe has a norm over routed and shared experts: attention behind it cannot read without the routed part."""
@@ -157,7 +171,8 @@ def test_what_is_no_scan_of_this_model(scanned, tmp_path):
 def chain(*seconds, kinds=None, choices=CHOICES):
     """A prediction with times of our own."""
     kinds = kinds or ["moe"] * len(seconds)
-    layers = [LayerStructure(label=f"layer {i}", kind=kind, attention_flops=1.0) for i, kind in enumerate(kinds)]
+    layers = [LayerStructure(label=f"layer {i}", kind=kind, attention_flops=1.0, shared=kind == "moe" and one["shared"] > 0)
+              for i, (kind, one) in enumerate(zip(kinds, seconds))]
     rates = dict(link_compute_share=0.0)
     hidden = HiddenTime(layers, Deployment(rates=rates), choices=choices)
     hidden.seconds = [LayerSeconds(**one) for one in seconds]
@@ -257,6 +272,16 @@ def test_many_layers():
     dense = HiddenTime([LayerStructure(label="", kind="mlp", attention_flops=1.0)] * 2)
     with pytest.raises(ConfigError, match="hides communication"):
         dense.share(("farskip", "farskip"))
+
+
+def test_a_shared_expert_behind_attention_hides_as_much():
+    """It has the combine in front of it in either case."""
+    hidden = chain(*[{**ONE, "shared": 1.0}] * 4, choices=("farskip", "farskip_shared"))
+    early, late = (hidden.hidden((name,) * 4) for name in hidden.choices)
+    assert 0.95 * early <= late <= early * (1 + 1e-9)
+    assert hidden.reads(1, ("farskip_shared",) * 4).shared == ()
+    others = chain({**ONE, "shared": 1.0}, ONE, kinds=["mlp", "moe"], choices=("farskip_shared",))
+    assert [others.reads(i, ("farskip_shared",) * 2).shared for i in (0, 1)] == [None, None]     # dense; without a shared expert
 
 
 def test_a_registered_connectivity_that_reaches_further():

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from .families import config_of, is_moe, shared_of, skew
 from .spec import Shape
 
-EARLY_ATTENTION = ("farskip", "ladder", "attn_only")     # attention reads R without the layer before's routed experts
-EARLY_MLP = ("farskip", "ladder", "mlp_only")            # the MoE reads R before this layer's attention
+EARLY_ATTENTION = ("farskip", "farskip_shared", "ladder", "attn_only")   # attention reads R without the layer before's routed experts
+EARLY_MLP = ("farskip", "farskip_shared", "ladder", "mlp_only")          # the MoE reads R before this layer's attention
+LATE_SHARED = ("farskip_shared",)                        # but for its shared expert
 MAX_NORM = 0.1                                           # low, so that clipping does something
 
 
@@ -67,8 +68,10 @@ def reference_logits(model: nn.Module, ids: Tensor, connectivity: str) -> Tensor
         between = full + attended
         mlp_input = full if connectivity in EARLY_MLP else between
         x = layer.post_attention_layernorm(mlp_input)
-        full = between + layer.mlp(x)
-        shared = shared_of(layer.mlp, x)
+        full, shared = between + layer.mlp(x), shared_of(layer.mlp, x)
+        if connectivity in LATE_SHARED and shared is not None:
+            late = shared_of(layer.mlp, layer.post_attention_layernorm(between))
+            full, shared = full - shared + late, late
         if connectivity == "ladder" or is_moe(layer) and shared is None:
             early = between
         else:

@@ -72,7 +72,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
                             description=TEXT, epilog=END, formatter_class=argparse.RawTextHelpFormatter)
     add_model(verb)
     what = verb.add_argument_group("conversion")
-    what.add_argument("--connectivity", default=None, metavar="NAME", help="farskip (usual), attn_only, mlp_only, ladder, none")
+    what.add_argument("--connectivity", default=None, metavar="NAME", help="farskip (usual), farskip_shared, attn_only, mlp_only, ladder, none")
     what.add_argument("--layers", default=None, metavar="WHICH", help='"all" (usual) or "last:SHARE"')
     where = verb.add_argument_group("where it would run")
     add_place(where, tokens=2048)

@@ -199,7 +199,8 @@ def half_of(name: str, half: str) -> str:
     own = f"{name}_{half}_half"
     if own not in CONNECTIVITIES:
         whole = CONNECTIVITIES[name]
-        register_connectivity(own, lambda layer, earlier: Reads(**{half: getattr(whole(layer, earlier), half)}),
+        parts = ("attention",) if half == "attention" else ("mlp", "shared")
+        register_connectivity(own, lambda layer, earlier: Reads(**{part: getattr(whole(layer, earlier), part) for part in parts}),
                               dense=name in DENSE)
     return own
 

@@ -41,7 +41,7 @@ from ..passes.checkpointing import inline_checkpoints
 from ..passes.costs import Rates
 from ..passes.fence import ScheduleBroken
 from ..passes.normalize import normalize
-from ..passes.rewire import hidden_from
+from ..passes.rewire import readers
 from ..verify import blocks_of, difference_of, tensors_in, tolerance_of
 from .decoder import Reached, layers_of, replaced, shortened
 
@@ -377,7 +377,7 @@ class _Interpreter:
 
         def run(*args):
             how = plan_of(self.config, len(blocks.layers))
-            return Direct(gm, blocks, hidden_from(blocks, **how) if self.config.names else {}).run(*args)
+            return Direct(gm, blocks, readers(blocks, **how) if self.config.names else ()).run(*args)
         return run
 
 

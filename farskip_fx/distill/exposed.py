@@ -177,16 +177,16 @@ class HiddenTime:
         """
         asked = self.asked(layer, names[layer - first])
 
-        def seen(side: tuple[Missing, ...]) -> tuple[Missing, ...]:
-            return tuple(m for m in side if (m.layer < first or names[m.layer - first] != "none")
+        def seen(side: tuple[Missing, ...] | None) -> tuple[Missing, ...] | None:
+            return None if side is None else tuple(m for m in side if (m.layer < first or names[m.layer - first] != "none")
                          and (m.block == "mlp" or self.layers[m.layer].has_attention))
-        return Reads(attention=seen(asked.attention), mlp=seen(asked.mlp))
+        return Reads(attention=seen(asked.attention), mlp=seen(asked.mlp), shared=seen(asked.shared))
 
     @cached_property
     def reach(self) -> int:
         """How many layers back a read differs from the model's, at most."""
         return max((i - m.layer for i in range(len(self)) for name in self.choices if (i, name) not in self.refused
-                    for side in (self.asked(i, name).attention, self.asked(i, name).mlp) for m in side), default=0)
+                    for side in sides(self.asked(i, name)) for m in side or ()), default=0)
 
     # --- time ------------------------------------------------------------------------------------------------------------
 
@@ -227,8 +227,8 @@ class HiddenTime:
     def segment(self, first: int, names: tuple[str, ...]) -> float:
         """The same of the layers ``first``, ``first`` + 1, ... with ``names``, as if they were the model."""
         reads = [self.reads(first + i, names, first) for i in range(len(names))]
-        key = tuple((self._alike[first + i], *(tuple((m.layer - first, m.block, m.part) for m in side)
-                                               for side in (one.attention, one.mlp))) for i, one in enumerate(reads))
+        key = tuple((self._alike[first + i], *(side and tuple((m.layer - first, m.block, m.part) for m in side)
+                                               for side in sides(one))) for i, one in enumerate(reads))
         if key not in self._segments:
             problem = self._problem(first, reads)
             priority = tails(problem)
@@ -264,16 +264,20 @@ class Tasks:
             before = [self._item(seconds.attention / _PARTS, before)]
         if what.has_attention:
             self._added[i, "attention", "all"] = before[0]
-        read = self._state(i, earlier, reads.mlp)
-        if what.has_attention and not any(m.layer == i for m in reads.mlp):
-            read = [*read, self._added[i, "attention", "all"]]
-        self._added[i, "mlp", "shared"] = self._item(seconds.shared, read)
+        read = self._read(i, earlier, reads.mlp)
+        self._added[i, "mlp", "shared"] = self._item(
+            seconds.shared, read if reads.shared is None else self._read(i, earlier, reads.shared))
         if what.kind == "moe":
             arrived = self._exchange(self._item(seconds.router, read), seconds.dispatch)
             self._added[i, "mlp", "routed"] = self._exchange(self._item(seconds.experts, [arrived]), seconds.combine)
         everything = [self._added[part] for part in _parts(i) if part in self._added]
         self._states[i] = [self._item(0.0, [*everything, *(self._states[earlier[-1]] if earlier else ())])]
         earlier.append(i)
+
+    def _read(self, i: int, earlier: list[int], missing: tuple[Missing, ...]) -> list[int]:
+        """What the read of an MLP or MoE needs."""
+        own = [] if any(m.layer == i for m in missing) else [self._added[part] for part in _parts(i)[:1] if part in self._added]
+        return [*self._state(i, earlier, missing), *own]
 
     def _state(self, i: int, earlier: list[int], missing: tuple[Missing, ...]) -> list[int]:
         """What a read of the stream in front of layer ``i`` needs."""
@@ -307,3 +311,7 @@ class Tasks:
 
 def _parts(layer: int) -> tuple[tuple[int, str, str], ...]:
     return (layer, "attention", "all"), (layer, "mlp", "shared"), (layer, "mlp", "routed")
+
+
+def sides(reads: Reads) -> tuple[tuple[Missing, ...] | None, ...]:
+    return reads.attention, reads.mlp, reads.shared

@@ -24,7 +24,7 @@ from ..passes._torch import COMPILED_APART
 from ..passes.checkpointing import inline_checkpoints
 from ..passes.detect import Blocks
 from ..passes.normalize import normalize
-from ..passes.rewire import Rewired, hidden_from, rewire
+from ..passes.rewire import Rewired, readers, rewire
 from ..verify import blocks_of
 from .head import in_eval_mode
 from .program import Program
@@ -62,7 +62,7 @@ def trace_pair(model: nn.Module, batches: Iterable, config: FarskipConfig) -> Pa
     twin = dict(zip(gm.graph.nodes, twin_gm.graph.nodes))
     blocks, twin_blocks = blocks_of(gm, "refit"), blocks_of(twin_gm, "refit")
     how = plan_of(config, len(blocks.layers))
-    hidden = frozenset(hidden_from(blocks, **how)) if config.names else frozenset()
+    hidden = frozenset(one.block.node for one in readers(blocks, **how)) if config.names else frozenset()
     rewired = rewire(twin_gm.graph, twin_blocks, **how)
     if rewired.refused and config.strict:
         raise RefusedError(f"connectivity {config.connectivity!r} cannot be applied: {rewired.refusals}. Choose other layers or another "

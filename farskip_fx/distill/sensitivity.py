@@ -236,7 +236,7 @@ class _Scan:
         self.program.set_stages([(end, members) for end, members, _, _ in self.stages])
         given = {**{node: p.detach() for node, p in parameters.items()}, **fixed}
         self.side = Side(self.program, [s.states[0] for s in self.blocks.streams], given, [dict(call) for call in varying])
-        self.branch = {read.block.node: frozenset(self.blocks.flow.members(read.block.contribution.branch)) - set(read.shared)
+        self.inside = {read.reader.ends: frozenset(self.blocks.flow.members(read.reader.nodes))
                        for reads in self.found.values() for read in reads}
         self.stage_of = {block.node: i for i, (_, _, _, blocks) in enumerate(self.stages) for block in blocks}
         self._ready: dict[int, list[Node]] = {}         # reads, by the stage behind which they can be computed
@@ -275,7 +275,7 @@ class _Scan:
             reads = self.found.get((index, name))
             if reads is None:
                 continue
-            same = tuple((read.block.node, read.value) for read in reads)
+            same = tuple((read.reader.ends, read.value) for read in reads)
             if same not in known:
                 known[same] = self._sums(self._to_the_end(batch, walk, stage, reads), original, batch)
             row += known[same]
@@ -287,19 +287,20 @@ class _Scan:
     def _to_the_end(self, batch: int, walk: _Walk | None, stage: int, reads: Sequence[Read]) -> Tensor:
         """Hidden states in front of the head, from what is known before ``stage``."""
         for at in range(stage, len(self.stages)):
-            walk = self._step(batch, walk, at, [read for read in reads if self.stage_of[read.block.node] == at])
+            walk = self._step(batch, walk, at, [read for read in reads if self.stage_of[read.reader.block.node] == at])
         return self.program.evaluate([self.hidden], self._known(batch, walk))[self.hidden]
 
     def _step(self, batch: int, walk: _Walk | None, stage: int, reads: Sequence[Read]) -> _Walk:
-        """Over one stage; the blocks of ``reads`` are computed from those."""
+        """Over one stage; what reads otherwise is computed from ``reads``."""
         end, _, update, _ = self.stages[stage]
         walk = walk or _Walk(live={}, reads={})
         fresh: Values = {}
-        for read in reads:
-            inside = self.branch[read.block.node]
+        for read in sorted(reads, key=lambda read: read.reader.half == "routed"):       # to which the shared one is added
+            reader, inside = read.reader, self.inside[read.reader.ends]
             before = {node: value for node, value in walk.live.items() if node not in inside}
-            wanted = [read.block.node, *(node for node in self.program.live(stage) if node in inside)]
-            fresh |= self.program.evaluate(wanted, self._known(batch, _Walk(live=before, reads={}),
+            beside = self.program.evaluate(reader.beside, self._known(batch, walk, fresh))
+            wanted = [*reader.ends, *(node for node in self.program.live(stage) if node in inside)]
+            fresh |= self.program.evaluate(wanted, self._known(batch, _Walk(live=before, reads={}), beside,
                                                                {read.state: walk.reads[read.value]}))
         known = self._known(batch, walk, fresh)
         if update is None:      # what leads to a stream, every node of it: a mask may be made under vmap

@@ -100,10 +100,8 @@ class _Chain(Tasks):
         for _ in range(_ATTENTION_PARTS):
             before = [item("attention", before, 1 / _ATTENTION_PARTS)]
         self._added[i, "attention", "all"] = before[0]
-        read = self._state(i, earlier, reads.mlp)
-        if not any(m.layer == i for m in reads.mlp):
-            read = [*read, self._added[i, "attention", "all"]]
-        self._added[i, "mlp", "shared"] = item("side", read)
+        read = self._read(i, earlier, reads.mlp)
+        self._added[i, "mlp", "shared"] = item("side", read if reads.shared is None else self._read(i, earlier, reads.shared))
         if pieces[0].first_launches:
             one = [graph[i] for graph in self.step.chunk] if self.step.chunk else pieces
             self._added[i, "mlp", "routed"] = self._routed(one, read or [self._start], 2 if self.step.chunk else 1)
