@@ -420,8 +420,8 @@ def _check(blocks: Blocks, redirects: list[_Redirect]) -> None:
 
 
 def _upstream(blocks: Blocks, nodes: int, ends: Sequence[Node], *, stop: Node | None) -> set[Node]:
-    """What ``ends`` are computed from, by way of ``nodes`` of their branch; other nodes of branches and ``stop`` are reached, but
-    not passed."""
+    """What the values of ``ends`` are made of, by way of ``nodes`` of their branch; other nodes of branches and ``stop`` are reached,
+    but not passed."""
     flow = blocks.flow
     others = blocks.branches & ~nodes
     seen, todo = set(), list(ends)
@@ -432,7 +432,7 @@ def _upstream(blocks: Blocks, nodes: int, ends: Sequence[Node], *, stop: Node | 
         seen.add(current)
         position = flow.position.get(current)       # None: a node that the rewiring added
         if current is not stop and (position is None or not others >> position & 1):
-            todo += value_inputs(current)
+            todo += [a for a in value_inputs(current) if position is None or a not in flow.position or flow.depends(current, a)]
     return seen
 
 

@@ -220,9 +220,14 @@ class Block(nn.Module):
             y = routed + shared
         return self.after(y, x, context)
 
-    def terms(self, x, context):
-        """(contribution, contribution without its routed term or None): what ``forward`` means."""
+    def terms(self, x, context, of_shared=None):
+        """(contribution, contribution without its routed term or None): what ``forward`` means. ``of_shared``: what the term beside
+        the routed one reads, where that is not x; what stands over their sum reads x."""
         routed, shared = self.parts(x, context)
+        if of_shared is not None and routed is not None and shared is not None:
+            if self.spec.sandwich:
+                return None, Undefined("a norm over routed + shared")
+            shared = self.parts(of_shared, {**context, "normed": [], "logits": []})[1]
         how = self.spec.combine
         if routed is not None and how == "routed_scaled":
             routed = routed * 2.5

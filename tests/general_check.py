@@ -18,7 +18,7 @@ from general_updates import WITH_ENTRY
 from programs import TOKENS, VOCABULARY, Undefined
 from recorder import copy_of, record
 
-CONNECTIVITIES = ("none", "farskip", "attn_only", "mlp_only", "ladder")
+CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 TOLERANCE = 1e-5
 READINGS = ("block", "state", "split", "joint")      # see general_definition
 

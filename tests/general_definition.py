@@ -4,9 +4,10 @@ The stream is states s_0, s_1, ...; update i makes s_{i+1} = U_i(s_i, b_i). A la
 or else the first dense MLP, of the blocks that follow them. Token-wise blocks between the MLP of layer k-1 and
 the first mixer of layer k are *between*.
 
-  outdated MLP k        reads the state before the block directly in front of it
+  outdated MLP k        reads the state before the block directly in front of it; farskip_shared: but for what an MoE has that is
+                        not routed
   attention k           reads the stream without X(k-1), and so do the blocks between; X is the routed part (farskip,
-                        attn_only; nothing where layer k-1 is dense) or all of the MLP (ladder)
+                        farskip_shared, attn_only; nothing where layer k-1 is dense) or all of the MLP (ladder)
   without a part        U(s, what is left of b); without everything of a block: the state before it
   weights of U          (gates, mixing matrices computed from the stream) are made from the s that this U is evaluated
                         on: the real state, or the stream without X(k-1) for a block between
@@ -72,13 +73,17 @@ class _Definition:
             behind = next((k for k, (first, mlp) in enumerate(layers)
                            if k and hides[k] and layers[k - 1][1] < i <= first), None)
             k = mlp_of.get(i)
-            if k is not None and k in converted and connectivity in ("farskip", "mlp_only", "ladder"):
+            as_it_is = read
+            if k is not None and k in converted and connectivity in ("farskip", "farskip_shared", "mlp_only", "ladder"):
                 read = self.states[max(min(index, i - 1), 0)]
             elif behind is not None:
                 read = self.lacking.get(index, read)
             x = self.read(read, i)
             self.c["previous_x"] = self.read(self.states[i - 1], i - 1) if i else None
-            b, kept = block.terms(x, self.c)
+            halves = connectivity == "farskip_shared" and k in converted and self.specs[i].kind == "moe" and as_it_is is not read
+            b, kept = block.terms(x, self.c, self.read(as_it_is, i) if halves else None)
+            if b is None:
+                raise kept
             self.c["previous_b"] = b
             self.states.append((self.update(i, self.states[i], b), i + 1))
             if k is not None and k + 1 < len(layers) and hides[k + 1]:
@@ -101,7 +106,7 @@ class _Definition:
             both = k > 0 and k in converted and k - 1 in converted
             moe = k > 0 and self.specs[layers[k - 1][1]].kind == "moe"
             result.append("all" if both and connectivity == "ladder" else
-                          "routed" if both and moe and connectivity in ("farskip", "attn_only") else "")
+                          "routed" if both and moe and connectivity in ("farskip", "farskip_shared", "attn_only") else "")
         return result
 
     def entered(self, state, i):

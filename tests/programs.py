@@ -226,14 +226,18 @@ def interpret(program: Program, ids, connectivity: str, converted) -> torch.Tens
         attention_reads = stream
         if reads_past and connectivity == "ladder":
             attention_reads = before_mlp
-        elif reads_past and connectivity in ("farskip", "attn_only") and previous_moe:
+        elif reads_past and connectivity in ("farskip", "farskip_shared", "attn_only") and previous_moe:
             if isinstance(kept, Undefined):
                 raise kept
             attention_reads = before_mlp if kept is None else before_mlp + kept
-        mlp_outdated = on and connectivity in ("farskip", "mlp_only", "ladder")
+        mlp_outdated = on and connectivity in ("farskip", "farskip_shared", "mlp_only", "ladder")
         before_mlp = stream + scale * layer.attention(attention_reads)
         x = layer.ffn_input(stream if mlp_outdated else before_mlp)
         routed, shared = layer.mlp.parts(x)
+        if on and connectivity == "farskip_shared" and None not in (routed, shared):
+            if layer.spec.post_norm:
+                raise Undefined("a norm over routed + shared")
+            shared = layer.mlp.parts(layer.ffn_input(before_mlp))[1]
         total = shared if routed is None else routed if shared is None else routed + shared
         stream = before_mlp + scale * layer.after(total.view(x.shape))
         previous_moe = layer.spec.is_moe

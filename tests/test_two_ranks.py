@@ -86,6 +86,7 @@ SHORT = {"num_hidden_layers": 2}
 @pytest.mark.parametrize("family, connectivity, overlap, exchange, train, changes", [
     ("qwen3_moe", "farskip", True, "all_to_all", True, SHORT),
     pytest.param("deepseek_v3", "farskip", True, "all_to_all", True, {}, marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", "farskip_shared", True, "all_to_all", True, {}, marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "none", True, "all_to_all", False, SHORT, marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "ladder", False, "all_to_all", False, SHORT, marks=pytest.mark.slow),
     pytest.param("qwen2_moe", "farskip", True, "all_reduce", False, SHORT, marks=pytest.mark.slow),
@@ -104,7 +105,7 @@ def every_connectivity(rank, *, families_, exchange):
         model, plain = twins(family)
         tokens = families.inputs(family, seed=0 if exchange == "all_reduce" else rank)
         fs.expert_parallel(model, dist.group.WORLD, exchange=exchange)
-        names = ("none", "farskip", "attn_only", "mlp_only", "ladder")
+        names = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
         with torch.no_grad():
             results = run_each(model, tokens, [{"connectivity": n, "inner": "eager"} for n in names])
             for name, got in zip(names, results):
