@@ -25,6 +25,12 @@ def test_states_against_a_loop():
             want += ((own[row, place].double() - y) ** 2).sum() / (y ** 2).sum() / 3
     assert states_loss(student, teacher, targets).item() == pytest.approx(want.item() / 3)
     assert states_loss(student, teacher, targets, items=6.0).item() == pytest.approx(want.item() / 6)
+    lost = [one.detach().clone() for one in student]
+    for one in lost:
+        one[targets == -100] = float("nan")         # of padding, say
+        one.requires_grad_()
+    states_loss(lost, teacher, targets).backward()
+    assert all(one.grad[targets == -100].eq(0).all() and one.grad.isfinite().all() for one in lost[1:])
     for wrong in (None, (), teacher[:-1]):
         with pytest.raises(ConfigError, match="hidden wants the states after each layer"):
             states_loss(student, wrong, targets)

@@ -31,11 +31,16 @@ def states_loss(student: Sequence[Tensor] | None, teacher: Sequence[Tensor] | No
                           f"{len(teacher or ())} of them with output_hidden_states=True. Leave the option at 0")
     kept = targets != ignore_index
     with torch.autocast(targets.device.type, enabled=False):
-        total = sum(_missed(own[kept].float(), aim[kept].float()) for own, aim in zip(student[1:], teacher[1:]))
+        total = sum(_missed(own.float(), aim.float(), kept) for own, aim in zip(student[1:], teacher[1:]))
     items = kept.sum().clamp(min=1) if items is None else items
     return total / (len(student) - 1) / items
 
 
-def _missed(own: Tensor, aim: Tensor) -> Tensor:
-    """The sum over tokens. Each in its own units: some tokens have states many times as large as others (attention sinks)."""
-    return ((own - aim).square().sum(-1) / aim.square().sum(-1).clamp(min=1e-12)).sum()
+def _missed(own: Tensor, aim: Tensor, kept: Tensor) -> Tensor:
+    """The sum over tokens. Each in its own units: some tokens have states many times as large as others (attention sinks).
+
+    By a mask, because the gradient of picked rows is slow; what is masked may be NaN.
+    """
+    gap = torch.where(kept[..., None], own - aim, 0.0)
+    size = torch.where(kept, aim.square().sum(-1), 1.0).clamp(min=1e-12)
+    return (gap.square().sum(-1) / size).sum()
