@@ -653,7 +653,8 @@ def test_own_connectivities_in_a_choice():
     """Layer 3 skips two; layer 1 is not converted, so nothing of it is missing, and of layer 2 the routed part is."""
     program, ids = Program((MOE,) * 4, 5).eval(), ids_of(5)
     hidden = [{"attention": {}, "mlp": {}} for _ in range(4)]
-    hidden[2]["mlp"] = {(2, "attention"): "all"}        # "shortcut" without the MLP of layer 1, which is not converted
+    # "shortcut" without the MLP of layer 1, which is not converted; its shared expert reads the stream of its own layer.
+    hidden[2] |= {"mlp": {(2, "attention"): "all"}, "shared": {}}
     hidden[3] = {"attention": {(2, "mlp"): "routed"}, "mlp": {(3, "attention"): "all"}}
     with torch.no_grad():
         compare(program, ids, {(("2", "shortcut"), ("3", "skip_two")): by_hand(program, ids, hidden)})

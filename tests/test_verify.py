@@ -1,4 +1,5 @@
 """``verify``: agrees with a right model, and finds the layer where a wrong one begins to differ."""
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -42,12 +43,13 @@ def test_names_the_first_layer_that_differs():
     model, inputs = converted("deepseek_v3", connectivity="farskip")
     builds = rewire_pass._redirect
 
-    def wrong(builder, blocks, redirect, layer):
+    def wrong(builder, blocks, redirect, *rest):
         """The read of layer 2's attention is built from the state before."""
-        if redirect.block is blocks.layers[2].leading[0]:
-            state = redirect.block.stream.states[redirect.block.contribution.origin - 1]
-            redirect = rewire_pass._Redirect(block=redirect.block, state=redirect.state, value=state, hidden=(), clones=())
-        return builds(builder, blocks, redirect, layer)
+        block = redirect.reader.block
+        if block is blocks.layers[2].leading[0]:
+            state = block.stream.states[block.contribution.origin - 1]
+            redirect = dataclasses.replace(redirect, value=state, reader=dataclasses.replace(redirect.reader, hidden=()))
+        return builds(builder, blocks, redirect, *rest)
 
     with mock.patch.object(rewire_pass, "_redirect", wrong):
         found = fs.verify(model, **inputs)
