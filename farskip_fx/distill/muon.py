@@ -70,13 +70,14 @@ def orthogonal(gradient: Tensor) -> Tensor:
     """About U V^T of each [rows, columns] = U S V^T; its singular values are between 0.7 and 1.2. bf16 on a GPU."""
     x = gradient.to(torch.bfloat16 if gradient.is_cuda else torch.float32)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    x = (x.mT if tall else x).contiguous()
+    x = x.view(-1, *x.shape[-2:])
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = _COEFFICIENTS
-    for _ in range(_STEPS):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return (x.mT if tall else x).to(gradient.dtype)
+    for _ in range(_STEPS):         # x <- a x + (b s + c s s) x
+        square = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(gradient.shape).to(gradient.dtype)
 
 
 def groups_of(model: nn.Module, weight_decay: float) -> list[dict]:
