@@ -443,11 +443,11 @@ def _report(layer: Layer, reads: Reads | None, done, layers, reason: Reason | No
     before = ("the embedding" if begins else f"layer {k - 1} output", f"layer {k} attention output")
     # By node: the hash of a block takes in its whole stream.
     changed = {(redirect.reader.block.node, redirect.reader.half) for redirect in done}
-    mlp = layer.mlp.node
+    halves = {half for node, half in changed if node is layer.mlp.node}
     reads = reads or Reads()
     reads = Reads(attention=reads.attention if any((b.node, "") in changed for b in layer.leading) else (),
-                  mlp=reads.mlp if {(mlp, ""), (mlp, "routed")} & changed else (),
-                  shared=reads.shared if (mlp, "shared") in changed else None if reads.shared is None else ())
+                  mlp=reads.mlp if halves & {"", "routed"} else (),
+                  shared=None if not halves & {"routed", "shared"} else reads.shared if "shared" in halves else ())
     return LayerReport(
         index=k, kind=layer.mlp.kind, requested=k in layers, reason=reason, label=layer.mlp.label,
         rewired=bool(done),
