@@ -20,7 +20,7 @@ Steps
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -52,6 +52,14 @@ class Reads:
     attention: tuple[Missing, ...] = ()
     mlp: tuple[Missing, ...] = ()
     shared: tuple[Missing, ...] | None = None
+
+    @property
+    def sides(self) -> tuple[tuple[Missing, ...] | None, ...]:
+        return self.attention, self.mlp, self.shared
+
+    def only(self, kept: Callable[[Missing], bool]) -> Reads:
+        attention, mlp, shared = (None if side is None else tuple(filter(kept, side)) for side in self.sides)
+        return Reads(attention=attention, mlp=mlp, shared=shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +197,8 @@ def _decide(blocks: Blocks, connectivity, layers: Collection[int]):
 def _reads(blocks: Blocks, index: int, connectivity, converted: set[int]) -> Reads:
     layer = blocks.layers[index]
     reads = connectivity(layer, [e for e in blocks.layers[:index] if e.mlp.stream is layer.mlp.stream])
-    attention, mlp, shared = (None if side is None else tuple(
-        m for m in side if m.layer in converted and _block(blocks, m) is not None)
-        for side in (reads.attention, reads.mlp, reads.shared))
-    return Reads(attention=attention, mlp=mlp, shared=shared if layer.mlp.shared and shared != mlp else None)
+    seen = reads.only(lambda m: m.layer in converted and _block(blocks, m) is not None)
+    return seen if layer.mlp.shared and seen.shared != seen.mlp else replace(seen, shared=None)
 
 
 def _block(blocks: Blocks, missing: Missing) -> Block | None:
@@ -246,7 +252,7 @@ def _read(blocks: Blocks, block: Block, missing: tuple[Missing, ...], half: str)
         raise Undefined(block.contribution.unclear)
     nodes, terms, common = _half(block, half) if half else (block.contribution.branch, (), 0)
     ends, beside = (terms, ()) if half == "shared" else ((block.node,), terms)
-    _sees_no_other(blocks, block, hidden, _upstream(blocks, nodes, ends, stop=state) - {state})
+    _sees_no_other(block, hidden, _upstream(blocks, nodes, ends, stop=state) - {state})
     clones = tuple(stream.flow.members((_shared(block) | common) & nodes & ~stream.flow.bit(block.node)))
     reader = Reader(block=block, hidden=hidden, nodes=nodes & ~stream.flow.mask(clones), clones=clones, half=half, ends=ends,
                     beside=beside)
@@ -368,7 +374,7 @@ def _of_update(flow: Dataflow, update: Update) -> int:
     return seen
 
 
-def _sees_no_other(blocks: Blocks, block: Block, hidden, upstream: set[Node]) -> None:
+def _sees_no_other(block: Block, hidden, upstream: set[Node]) -> None:
     """It takes in hidden contributions by no other way than the state that it reads."""
     other = _seen_of(hidden, upstream)
     if other is not None:

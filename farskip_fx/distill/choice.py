@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConfigError
-from .exposed import Deployment, HiddenTime, sides
+from .exposed import Deployment, HiddenTime
 from .sensitivity import Sensitivity
 
 _GRID = 4000        # steps of exposed time
@@ -99,7 +99,7 @@ def kl_of(found: Sensitivity, hidden: HiddenTime, names: Sequence[str], first: i
     total = 0.0
     for i in range(first + len(names) - 1 if last_only else first, first + len(names)):
         name, reads = names[i - first], hidden.reads(i, names, first)
-        if name == "none" or not any(sides(reads)):
+        if name == "none" or not any(reads.sides):
             continue
         same = next((other for other in (name, *found.choices) if (i, other) not in hidden.refused
                      and hidden.asked(i, other) == reads), name)

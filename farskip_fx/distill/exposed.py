@@ -175,18 +175,15 @@ class HiddenTime:
 
         Layers before ``first`` count as converted.
         """
-        asked = self.asked(layer, names[layer - first])
-
-        def seen(side: tuple[Missing, ...] | None) -> tuple[Missing, ...] | None:
-            return None if side is None else tuple(m for m in side if (m.layer < first or names[m.layer - first] != "none")
-                         and (m.block == "mlp" or self.layers[m.layer].has_attention))
-        return Reads(attention=seen(asked.attention), mlp=seen(asked.mlp), shared=seen(asked.shared))
+        return self.asked(layer, names[layer - first]).only(
+            lambda m: (m.layer < first or names[m.layer - first] != "none")
+            and (m.block == "mlp" or self.layers[m.layer].has_attention))
 
     @cached_property
     def reach(self) -> int:
         """How many layers back a read differs from the model's, at most."""
         return max((i - m.layer for i in range(len(self)) for name in self.choices if (i, name) not in self.refused
-                    for side in sides(self.asked(i, name)) for m in side or ()), default=0)
+                    for side in self.asked(i, name).sides for m in side or ()), default=0)
 
     # --- time ------------------------------------------------------------------------------------------------------------
 
@@ -228,7 +225,7 @@ class HiddenTime:
         """The same of the layers ``first``, ``first`` + 1, ... with ``names``, as if they were the model."""
         reads = [self.reads(first + i, names, first) for i in range(len(names))]
         key = tuple((self._alike[first + i], *(side and tuple((m.layer - first, m.block, m.part) for m in side)
-                                               for side in sides(one))) for i, one in enumerate(reads))
+                                               for side in one.sides)) for i, one in enumerate(reads))
         if key not in self._segments:
             problem = self._problem(first, reads)
             priority = tails(problem)
@@ -311,7 +308,3 @@ class Tasks:
 
 def _parts(layer: int) -> tuple[tuple[int, str, str], ...]:
     return (layer, "attention", "all"), (layer, "mlp", "shared"), (layer, "mlp", "routed")
-
-
-def sides(reads: Reads) -> tuple[tuple[Missing, ...] | None, ...]:
-    return reads.attention, reads.mlp, reads.shared
