@@ -308,6 +308,17 @@ def data_reads(snode) -> list[str]:
     return [d.name for d in snode.read_writes.reads if not isinstance(d, WeakDep)]
 
 
+def bytes_of(snode) -> int:
+    """What a kernel or a call reads and writes. Inductor's own count takes a dependency that only orders for a read of its buffer."""
+    from torch.utils._ordered_set import OrderedSet
+    whole, data = snode.read_writes, set(data_reads(snode))
+    snode.read_writes = dataclasses.replace(whole, reads=OrderedSet(d for d in whole.reads if d.name in data))
+    try:
+        return snode.get_read_write_buffers_sizes_impl(include_reads=True, include_writes=True)
+    finally:
+        snode.read_writes = whole
+
+
 def writer_of(scheduler, buffer: str) -> str:
     return scheduler.name_to_buf[buffer].defining_op_name()
 

@@ -15,6 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
+from farskip_fx.bench.fence import counting_bytes
 from farskip_fx.overlap import FarskipSchedule, FarskipVerify, after_users, overlap_patches
 from farskip_fx.passes import _torch, fence
 from farskip_fx.passes.costs import Rates
@@ -111,6 +112,23 @@ def test_harmless_fusion_still_happens():
     _, (code, *_) = compiled(block, [torch.randn(D, D) for _ in range(5)])
     loops = [k for k in kernels(code) if k.startswith("cpp_fused")]
     assert len(loops) == 3 and any("cos" in k and "layer_norm" in k for k in loops)
+
+
+def test_an_order_is_no_bytes(monkeypatch):
+    """A dependency that only orders reads nothing; Inductor's own count takes it for a read of the whole buffer."""
+    def look(snodes, **kwargs):
+        for node in snodes:
+            inductors_own = node.get_read_write_buffers_sizes_impl(include_reads=True, include_writes=True)
+            found.append((node.is_extern(), _torch.bytes_of(node), inductors_own))
+
+    found = []
+    monkeypatch.setattr("farskip_fx.passes.fence.verify", look)
+    with counting_bytes() as counts:
+        compiled(block, [torch.randn(D, D) for _ in range(5)])
+    assert counts and all(own <= theirs for _, own, theirs in found)
+    assert any(own < theirs for extern, own, theirs in found if extern)
+    matrix = D * D * 4
+    assert {own for extern, own, _ in found if extern} >= {3 * matrix}        # a product reads two and writes one
 
 
 def test_dependencies_grow_linearly():
