@@ -29,10 +29,12 @@ from .passes._torch import group_shape, process_group
 from .passes.costs import Rates
 from .routes import ExpertGroup
 
-VERSION = 1
+VERSION = 2
 _STREAMED_BYTES = 256 << 20             # more than a cache holds
 _SMALL, _LARGE = 1 << 10, 4 << 20       # bytes that leave a rank in an exchange
 _REPEATS = 7
+_FLIGHTS = 3
+LATE_S = 1e-3             # one rank begins so much later, in turn, as in a step
 
 
 def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: torch.device | str | None = None,
@@ -65,7 +67,8 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
     if ranks > 1:
         found |= link_rates(group, device)
     for shape, other in links.items():
-        found |= {(shape, name): value for name, value in link_rates(other, device).items() if name != "link_compute_share"}
+        of_link = link_rates(other, device)
+        found |= {(shape, name): of_link[name] for name in ("link_bytes", "link_latency")}
     agreed = _agreed(found, together)
     rates = Rates(links={shape: (agreed.pop((shape, "link_bytes")), agreed.pop((shape, "link_latency"))) for shape in links}, **agreed)
     if file is not None and (not dist.is_initialized() or dist.get_rank(together) == 0):
@@ -174,7 +177,7 @@ def best(run: Callable[[], object], device: torch.device, seconds: float = 0.3, 
 # --- the link ----------------------------------------------------------------------------------------------------
 
 def link_rates(group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
-    """Fields of ``Rates``: two sizes of exchanges, each repeated; what grows with the size is the link."""
+    """Fields of ``Rates``: two sizes of exchanges, each repeated; what grows with the size is the link. And several in flight."""
     ranks = dist.get_world_size(group)
     small, large = (_exchange(group, device, leaving, ranks) for leaving in (_SMALL, _LARGE))
     busy, wall = time.process_time(), time.perf_counter()
@@ -182,22 +185,32 @@ def link_rates(group: dist.ProcessGroup | None, device: torch.device) -> dict[st
     # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
     share = 0.0 if device.type == "cuda" else (time.process_time() - busy) / (time.perf_counter() - wall)
     return {"link_bytes": (_LARGE - _SMALL) / max(large - small, 1e-9), "link_latency": small,
-            "link_compute_share": min(share, 0.9)}
+            "link_queued": queued_share(group, device, _LARGE, large), "link_compute_share": min(share, 0.9)}
 
 
-def _exchange(group: dist.ProcessGroup | None, device: torch.device, leaving: int, ranks: int) -> float:
-    """Seconds of an all-to-all in which so many bytes leave each rank; the median."""
+def queued_share(group: dist.ProcessGroup | None, device: torch.device, leaving: int, alone: float) -> float:
+    """``Rates.link_queued``: what one more exchange takes where several are launched at once, of the seconds that it takes ``alone``."""
+    ranks = dist.get_world_size(group)
+    one, several = (_exchange(group, device, leaving, ranks, flights=flights) for flights in (1, _FLIGHTS))
+    return min(1.0, max(0.1, (several - one) / (_FLIGHTS - 1) / alone))
+
+
+def _exchange(group: dist.ProcessGroup | None, device: torch.device, leaving: int, ranks: int, *, flights: int = 1) -> float:
+    """Seconds of all-to-alls, each with so many bytes that leave each rank, launched at once; the median."""
     each = max(1, leaving // (ranks - 1))
     given = torch.zeros(ranks * each, dtype=torch.uint8, device=device)
-    taken = torch.empty_like(given)
+    taken = [torch.empty_like(given) for _ in range(flights)]
     times = []
-    for _ in range(_REPEATS + 1):
+    for number in range(_REPEATS + 1):
         dist.barrier(group)
         start = time.perf_counter()
-        dist.all_to_all_single(taken, given, group=group)
+        if dist.get_rank(group) == number % ranks:
+            time.sleep(LATE_S)
+        for one in [dist.all_to_all_single(into, given, group=group, async_op=True) for into in taken]:
+            one.wait()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(max(time.perf_counter() - start - LATE_S, 1e-6))
     return statistics.median(times[1:])
 
 

@@ -59,6 +59,8 @@ class Rates:
         link_bytes: payload bytes/s of one rank.
         link_latency: seconds a collective takes with no payload.
         kernel_overhead: seconds a kernel takes with no work.
+        link_queued: share of its seconds that a collective takes behind another that was launched before it ended. gloo sends what a
+            rank receives and what it sends one after the other, unless two exchanges are in flight: about a half there.
         link_compute_share: share of the compute device that a running collective takes. gloo's threads run on the
             rank's own core; a GPU's copy engines do not (0).
         one_link: collectives of all process groups go over one link, one after the other; False: each group has its own
@@ -73,6 +75,7 @@ class Rates:
     link_bytes: float = 31e6
     link_latency: float = 1e-3
     kernel_overhead: float = 5e-6
+    link_queued: float = 1.0
     link_compute_share: float = 0.05
     one_link: bool = True
     kernels: tuple[tuple[str, float], ...] = ()
@@ -94,6 +97,8 @@ class Rates:
         for name in ("link_latency", "kernel_overhead"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        if not 0 < self.link_queued <= 1:
+            raise ValueError(f"link_queued must be in (0, 1], got {self.link_queued!r}")
         if not 0 <= self.link_compute_share < 1:
             raise ValueError(f"link_compute_share must be in [0, 1), got {self.link_compute_share!r}")
 
@@ -101,6 +106,11 @@ class Rates:
     def measured(self) -> Mapping[str, float]:
         """``kernels``, to look up."""
         return dict(self.kernels)
+
+    @property
+    def lanes(self) -> dict[str, float]:
+        """What ``simulate.Problem`` wants to know of compute and links together."""
+        return {"share": self.link_compute_share, "queued": self.link_queued}
 
     @cached_property
     def link_of_shape(self) -> Mapping[str, tuple[float, float]]:

@@ -15,7 +15,8 @@ Terms
   order         a permutation of items; a program
   simulation    one compute stream runs the order; the link (or each group's own, ``Rates.one_link`` and ``links``) runs collectives
                 first in, first out: one starts at max(link free, now), and a wait idles until it is done. While a link
-                is busy the compute stream runs at (1 - link_compute_share)
+                is busy the compute stream runs at (1 - link_compute_share); behind another one a collective may take less
+                (``link_queued``)
   tail, head    longest path, through compute and links, from an item to the end, and from the start to an item
   bound         no order can be faster; see ``simulate.lower_bound``
 
@@ -260,7 +261,7 @@ class _Program:
                  rates: Rates) -> None:
         self._seconds = seconds
         self._links = links
-        self._share = rates.link_compute_share
+        self._lanes = rates.lanes
         self._first = [n for n in nodes if n.op in _ENDS[:2]]
         self._last = [n for n in nodes if n.op == _ENDS[2]]
         inner = [n for n in nodes if n.op not in _ENDS]
@@ -285,7 +286,7 @@ class _Program:
             seconds=[sum(self._seconds[n] for n in group) for group in members],
             role=[COMPUTE if l < 0 else LAUNCH if is_launch(group[0]) else WAIT for l, group in zip(link, members)],
             link=link, before=before, link_seconds=[self._links[n] for n in self._number],
-            link_group=list(self._group.values()), share=self._share)
+            link_group=list(self._group.values()), **self._lanes)
 
     def _link(self, node: Node) -> int:
         return self._number.get(launch_of(node) if is_wait(node) else node, -1)
@@ -302,7 +303,7 @@ class _Program:
         return Problem(seconds=[self._seconds[n] for n in inner], link=link, before=[[] for _ in inner],
                         role=[COMPUTE if l < 0 else LAUNCH if is_launch(n) else WAIT for l, n in zip(link, inner)],
                         link_seconds=[self._links[n] for n in self._number], link_group=list(self._group.values()),
-                        share=self._share)
+                        **self._lanes)
 
     def faster_orders(self) -> Iterator[list[Node]]:
         """Orders of nodes, best first."""

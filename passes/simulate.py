@@ -6,7 +6,8 @@ the number of items, but for ``lower_bound``, which is quadratic in the number o
 Terms
   item            runs on the compute stream for ``seconds``; a launch starts its collective, a wait idles for it
   order           a permutation of the items in which each comes after the items it needs
-  link            collectives of one group, first in, first out: each starts at max(link free, now)
+  link            collectives of one group, first in, first out: each starts at max(link free, now), and ends its seconds later; one
+                  that stands behind another may be done sooner (``queued``), but not sooner than its seconds after its launch
   launches' order is fixed: each launch needs the one before it
   tail            longest path from an item to the end, over compute and links
   mirror          the same problem from the end: edges turned round; a wait starts the collective, a launch needs it
@@ -44,6 +45,7 @@ class Problem:
     link_seconds: list[float]       # by collective, in launch order
     link_group: list[int]
     share: float = 0.0              # of the compute stream that a busy link takes
+    queued: float = 1.0             # of its seconds, that a collective needs once the one in front of it is done
     after: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Problem:
         count = len(self.link_seconds)
         return Problem(seconds=self.seconds, role=role, link=[count - 1 - l if l >= 0 else -1 for l in self.link],
                        before=self.after, link_seconds=self.link_seconds[::-1], link_group=self.link_group[::-1],
-                       share=self.share)
+                       share=self.share, queued=self.queued)
 
 
 @dataclass(kw_only=True)
@@ -99,9 +101,10 @@ class _Links:
         self._issued[link] = now
         queue, begun = self._queue[group], []
         while queue and self._issued[queue[-1]] is not None:
-            head = queue.pop()
-            self.start[head] = max(self._free[group], self._issued[head], now if head != link else 0.0)
-            self.finish[head] = self._free[group] = self.start[head] + self._p.link_seconds[head]
+            head, free = queue.pop(), self._free[group]
+            begun_at, seconds = max(self._issued[head], now if head != link else 0.0), self._p.link_seconds[head]
+            self.start[head] = max(free, begun_at)
+            self.finish[head] = self._free[group] = max(free + self._p.queued * seconds, begun_at + seconds)
             self.busy_until = max(self.busy_until, self._free[group])
             begun.append(head)
         return begun
@@ -280,9 +283,9 @@ def lower_bound(p: Problem) -> float:
     compute = sum(p.seconds)
     if not p.link_seconds:
         return compute
-    groups: dict[int, float] = {}
+    groups: dict[int, float] = {}       # busy at least so long
     for group, seconds in zip(p.link_group, p.link_seconds):
-        groups[group] = groups.get(group, 0.0) + seconds
+        groups[group] = groups[group] + p.queued * seconds if group in groups else seconds
     between, needed = _between(p)
     mirror = p.mirror()
     back, needed_back = _between(mirror)
@@ -291,7 +294,8 @@ def lower_bound(p: Problem) -> float:
     through = max(e + l - s for e, l, s in zip(earliest, latest, p.link_seconds))
     chain = _heaviest_chain(p, between, needed)
     chained = compute + sum(p.link_seconds[c] for c in chain) - _hidden(p, chain, between)
-    return max(compute + p.share * max(groups.values()), max(tails(p)), max(groups.values()), through, chained)
+    busy = max(groups.values())
+    return max(compute + p.share * p.queued * busy, max(tails(p)), busy, through, chained)
 
 
 def free_seconds(p: Problem) -> list[float]:
@@ -390,13 +394,17 @@ def _earliest_ends(p: Problem, between: np.ndarray, needed: np.ndarray) -> list[
     launch, _ = _ends_of_links(p)
     path = _path_starts(p)
     ends = np.zeros(len(p.link_seconds))
-    last: dict[int, float] = {}
+    last: dict[int, int] = {}
     for c, item in enumerate(launch):
         begin = max(between[c, c], path[item] if item >= 0 else 0.0)
         if needed[:c, c].any():
             begin = max(begin, (ends[:c] + between[:c, c])[needed[:c, c]].max())
-        ends[c] = max(begin, last.get(p.link_group[c], 0.0)) + p.link_seconds[c]
-        last[p.link_group[c]] = ends[c]
+        ends[c] = begin + p.link_seconds[c]
+        if (front := last.get(p.link_group[c], -1)) >= 0:
+            # Of the mirror it is the other one that stands behind: the larger one is safe for both.
+            saved = (1 - p.queued) * max(p.link_seconds[c], p.link_seconds[front])
+            ends[c] = max(ends[c], ends[front] + p.link_seconds[c] - saved)
+        last[p.link_group[c]] = c
     return ends.tolist()
 
 

@@ -148,5 +148,7 @@ def test_rates_travel_as_json_and_refuse_nonsense():
         assert Rates(**json.loads(json.dumps(dataclasses.asdict(rates)))) == rates
     with pytest.raises(ValueError, match="link_bytes"):
         Rates(link_bytes=0)
+    with pytest.raises(ValueError, match="link_queued"):
+        Rates(link_queued=0.0)
     with pytest.raises(ValueError, match="link_compute_share"):
         Rates(link_compute_share=1.0)

@@ -408,15 +408,15 @@ class InProcess(torch.fx.Interpreter):
 
 @settings(max_examples=60, deadline=None)
 @given(steps=programs(), matmul=st.floats(MM / 20, MM * 20), link=st.floats(LINK / 20, LINK * 20),
-       share=st.sampled_from([0.0, 0.3]))
-def test_any_program(steps, matmul, link, share):
+       share=st.sampled_from([0.0, 0.3]), queued=st.sampled_from([1.0, 0.5]))
+def test_any_program(steps, matmul, link, share, queued):
     gm = build(steps)
     inputs = [torch.randn(N, N, dtype=torch.float64) / 8 for _ in range(2)]
     expected = InProcess(gm).run(*inputs)
     launches = [n.name for n in gm.graph.nodes if is_launch(n)]
     nodes = {n.name for n in gm.graph.nodes}
     rates = Rates(matmul_flops=matmul, attention_flops=matmul, memory_bytes=1e10, link_bytes=link, link_latency=1e-4,
-                  kernel_overhead=1e-6, link_compute_share=share)
+                  kernel_overhead=1e-6, link_compute_share=share, link_queued=queued)
     result = schedule(gm.graph, rates=rates)
     gm.graph.lint()                                                     # a valid topological order
     assert [n.name for n in gm.graph.nodes] == list(result.order) and set(result.order) == nodes
@@ -454,9 +454,9 @@ def problems(draw):
         seconds.append(float(draw(st.integers(0, 6))) if kind == COMPUTE else 0.0)
         before.append(sorted(needs))
     groups = [draw(st.integers(0, 1)) for _ in link_seconds]
-    share = draw(st.sampled_from([0.0, 0.25]))
+    share, queued = draw(st.sampled_from([0.0, 0.25])), draw(st.sampled_from([1.0, 1.0, 0.5]))
     return Problem(seconds=seconds, role=role, link=link, before=before, link_seconds=link_seconds, link_group=groups,
-                   share=share)
+                   share=share, queued=queued)
 
 
 def every_order(p):
@@ -464,6 +464,18 @@ def every_order(p):
         place = {item: at for at, item in enumerate(order)}
         if all(place[s] < place[i] for i, sources in enumerate(p.before) for s in sources):
             yield order
+
+
+def test_a_collective_behind_another_may_take_less():
+    """
+    launches at 0, 1, 9, each 4 long; half of it behind another one    0--4, 4--6 (not before 1 + 4), 9--13
+    """
+    p = Problem(seconds=[0, 1, 0, 8, 0, 0, 0, 0], role=[LAUNCH, COMPUTE, LAUNCH, COMPUTE, LAUNCH, WAIT, WAIT, WAIT],
+                link=[0, -1, 1, -1, 2, 0, 1, 2], before=[[], [0], [1], [2], [3], [0], [2], [4]], link_seconds=[4.0, 4.0, 4.0],
+                link_group=[0, 0, 0], queued=0.5)
+    found = simulate.run(p, range(8))
+    assert found.link_finish == [4.0, 6.0, 13.0] and found.link_start == [0.0, 4.0, 9.0]
+    assert simulate.lower_bound(p) == 13.0
 
 
 @settings(max_examples=150, deadline=None)

@@ -16,12 +16,14 @@ Steps
 """
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..calibrate import LATE_S, queued_share
 from . import product
 from .calibrate import Calibrated, compute_rates, find_rate, link_rates
 from .exchanges import Exchange, Recorder, replay, slowest
@@ -150,13 +152,20 @@ class Measurement:
                                           floor_s=floor)
             self.set_rate(self.links[ratio].rate)
             wall, busy = time.perf_counter(), time.process_time()
-            seconds = Spread(tuple(tuple(self.replay()) for _ in range(3))).phases()
+            # What an exchange takes in a step.
+            seconds = Spread(tuple(tuple(replay(self.flat(), late=LATE_S)) for _ in range(4))).phases()
             link = link_rates(self.flat(), list(seconds))
             # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
             share = (time.process_time() - busy) / (time.perf_counter() - wall)
-            link = from_rank_0({**link, "link_compute_share": min(share, 0.9)})
+            link = from_rank_0({**link, "link_compute_share": min(share, 0.9), "link_queued": self.queued(**link)})
             self.rates[ratio] = product.rates(**self.compute_rates, **link) if self.ours else link
         self.set_rate(None)
+
+    def queued(self, link_bytes: float, link_latency: float) -> float:
+        """Of a typical exchange of the model."""
+        sizes = [exchange.leaving for exchange in self.flat() if not exchange.small]
+        size = slowest([statistics.median(sizes)])[0]
+        return queued_share(None, torch.device("cpu"), int(size), link_latency + size / link_bytes)
 
     def replay_at(self, rate: int) -> float:
         self.set_rate(rate)

@@ -24,7 +24,7 @@ def measure(console: Console, *, hidden: int, tokens: int, dtype: str, path: Pat
             return
         alone = "" if dist.is_initialized() else "   (not measured: run under torchrun)"
         for name, value in rates.to_dict().items():
-            console.print(f"{name:20} {value:.4g}{alone if name in ('link_bytes', 'link_latency') else ''}"
+            console.print(f"{name:20} {value:.4g}{alone if name in ('link_bytes', 'link_latency', 'link_queued') else ''}"
                           if not isinstance(value, bool) else f"{name:20} {value}", highlight=False)
         if path is not None:
             path.write_text(json.dumps(rates.to_dict(), indent=1), encoding="utf-8")

@@ -237,7 +237,7 @@ class HiddenTime:
         tasks = Tasks()
         for i, one in enumerate(reads, first):
             tasks.layer(i, self.layers[i], self.seconds[i], one)
-        return tasks.problem(self.where.rates.link_compute_share)
+        return tasks.problem(**self.where.rates.lanes)
 
 
 class Tasks:
@@ -301,9 +301,10 @@ class Tasks:
         self._launch = [self._item(0.0, [source, *self._launch], LAUNCH, number)]
         return self._item(0.0, self._launch, WAIT, number)
 
-    def problem(self, share: float) -> Problem:
+    def problem(self, **lanes: float) -> Problem:
+        """``lanes``: see ``Rates.lanes``."""
         return Problem(seconds=self.seconds, role=self.role, link=self.link, before=self.before, link_seconds=self.links,
-                       link_group=[0] * len(self.links), share=share)
+                       link_group=[0] * len(self.links), **lanes)
 
 
 def _parts(layer: int) -> tuple[tuple[int, str, str], ...]:

@@ -51,15 +51,15 @@ class Step:
     exchange: ExchangeSeconds
     chunk: Sequence[Sequence[Piece]] | None = None
 
-    def times(self, reads: Sequence[Reads], *, copies: int = 1, share: float = 0.0) -> list[Times]:
-        """Forward, and backward where there is one. ``copies`` of the step run beside each other."""
+    def times(self, reads: Sequence[Reads], *, copies: int = 1, **lanes: float) -> list[Times]:
+        """Forward, and backward where there is one. ``copies`` of the step run beside each other; ``lanes``: see ``Rates.lanes``."""
         chain = _Chain(self)
         for i in range(len(self.layers[0])):
             chain.layer_of(i, reads[i])
         chain.end()
-        found = [_best(_beside(chain.problem(share), copies))]
+        found = [_best(_beside(chain.problem(**lanes), copies))]
         if len(self.layers) > 1:
-            found.append(_best(_beside(chain.backward(share), copies).mirror()))
+            found.append(_best(_beside(chain.backward(**lanes), copies).mirror()))
         return found
 
 
@@ -76,7 +76,8 @@ def _best(problem: Problem) -> Times:
     priority = tails(problem)
     found = min((run(problem, list_schedule(problem, priority, patience=patience, fill=fill)) for patience, fill in _RULES),
                 key=lambda r: r.end)
-    return Times(seconds=found.end, exposed=found.idle, compute=sum(problem.seconds), link=sum(problem.link_seconds))
+    busy = sum(end - start for start, end in zip(found.link_start, found.link_finish))
+    return Times(seconds=found.end, exposed=found.idle, compute=sum(problem.seconds), link=busy)
 
 
 class _Chain(Tasks):
@@ -138,11 +139,11 @@ class _Chain(Tasks):
         self.back += [0.0, 0.0]         # the launch and the wait
         return wait
 
-    def backward(self, share: float) -> Problem:
+    def backward(self, **lanes: float) -> Problem:
         """Still in the forward's direction."""
-        forward = self.problem(share)
+        forward = self.problem(**lanes)
         return Problem(seconds=self.back, role=forward.role, link=forward.link, before=forward.before,
-                       link_seconds=self.back_links, link_group=forward.link_group, share=share)
+                       link_seconds=self.back_links, link_group=forward.link_group, **lanes)
 
 
 def _beside(p: Problem, copies: int) -> Problem:
@@ -158,4 +159,5 @@ def _beside(p: Problem, copies: int) -> Problem:
     return Problem(
         seconds=p.seconds * copies, role=p.role * copies, before=before,
         link=[l * copies + c if l >= 0 else -1 for c in range(copies) for l in p.link],
-        link_seconds=[s for s in p.link_seconds for _ in range(copies)], link_group=[0] * (count * copies), share=p.share)
+        link_seconds=[s for s in p.link_seconds for _ in range(copies)], link_group=[0] * (count * copies),
+        share=p.share, queued=p.queued)

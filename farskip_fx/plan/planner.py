@@ -177,13 +177,12 @@ class Planner:
         halves = name == HALVES
         pieces, rest = (self.half, self.half_rest) if halves else (self.whole, self.whole_rest)
         count = 2 if halves else 1
-        share = self.rates.link_compute_share
         # What belongs to no layer is the stream's additions; they stand between the layers, here in front.
         step = Step(layers=pieces, first=rest, head=[s / count for s in self._head()],
                     exchange=(lambda b, n: exchange(b / 2, n)) if halves else exchange,
                     chunk=self.half if name == chunked(self.connectivity) else None)
         reads = self.reads[STANDARD if name in (STANDARD, HALVES) else self.connectivity]
-        phases = step.times(reads, copies=count, share=share)
+        phases = step.times(reads, copies=count, **self.rates.lanes)
         seconds = [t.seconds for t in phases]
         moved = self._parameters_moved(ep, dp, network)
         seconds = [max(own, t.link + more) for own, t, more in zip(seconds, phases, moved)]
