@@ -67,8 +67,7 @@ def calibrate(group: dist.ProcessGroup | DeviceMesh | None = None, *, device: to
     if ranks > 1:
         found |= link_rates(group, device)
     for shape, other in links.items():
-        of_link = link_rates(other, device)
-        found |= {(shape, name): of_link[name] for name in ("link_bytes", "link_latency")}
+        found |= {(shape, name): value for name, value in _link(other, device).items()}
     agreed = _agreed(found, together)
     rates = Rates(links={shape: (agreed.pop((shape, "link_bytes")), agreed.pop((shape, "link_latency"))) for shape in links}, **agreed)
     if file is not None and (not dist.is_initialized() or dist.get_rank(together) == 0):
@@ -177,26 +176,30 @@ def best(run: Callable[[], object], device: torch.device, seconds: float = 0.3, 
 # --- the link ----------------------------------------------------------------------------------------------------
 
 def link_rates(group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
-    """Fields of ``Rates``: two sizes of exchanges, each repeated; what grows with the size is the link. And several in flight."""
-    ranks = dist.get_world_size(group)
-    small, large = (_exchange(group, device, leaving, ranks) for leaving in (_SMALL, _LARGE))
+    """Fields of ``Rates``: of the link, of several exchanges in flight, and of compute beside one."""
+    link = _link(group, device)
     busy, wall = time.process_time(), time.perf_counter()
-    _exchange(group, device, _LARGE, ranks)
+    alone = _exchange(group, device, _LARGE)
     # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
     share = 0.0 if device.type == "cuda" else (time.process_time() - busy) / (time.perf_counter() - wall)
-    return {"link_bytes": (_LARGE - _SMALL) / max(large - small, 1e-9), "link_latency": small,
-            "link_queued": queued_share(group, device, _LARGE, large), "link_compute_share": min(share, 0.9)}
+    return {**link, "link_queued": queued_share(group, device, _LARGE, alone), "link_compute_share": min(share, 0.9)}
+
+
+def _link(group: dist.ProcessGroup | None, device: torch.device) -> dict[str, float]:
+    """Two sizes of exchanges, each repeated; what grows with the size is the link."""
+    small, large = (_exchange(group, device, leaving) for leaving in (_SMALL, _LARGE))
+    return {"link_bytes": (_LARGE - _SMALL) / max(large - small, 1e-9), "link_latency": small}
 
 
 def queued_share(group: dist.ProcessGroup | None, device: torch.device, leaving: int, alone: float) -> float:
     """``Rates.link_queued``: what one more exchange takes where several are launched at once, of the seconds that it takes ``alone``."""
-    ranks = dist.get_world_size(group)
-    one, several = (_exchange(group, device, leaving, ranks, flights=flights) for flights in (1, _FLIGHTS))
+    one, several = (_exchange(group, device, leaving, flights=flights) for flights in (1, _FLIGHTS))
     return min(1.0, max(0.1, (several - one) / (_FLIGHTS - 1) / alone))
 
 
-def _exchange(group: dist.ProcessGroup | None, device: torch.device, leaving: int, ranks: int, *, flights: int = 1) -> float:
+def _exchange(group: dist.ProcessGroup | None, device: torch.device, leaving: int, *, flights: int = 1) -> float:
     """Seconds of all-to-alls, each with so many bytes that leave each rank, launched at once; the median."""
+    ranks = dist.get_world_size(group)
     each = max(1, leaving // (ranks - 1))
     given = torch.zeros(ranks * each, dtype=torch.uint8, device=device)
     taken = [torch.empty_like(given) for _ in range(flights)]

@@ -304,15 +304,19 @@ def operation_number(name: str) -> int:
 
 def data_reads(snode) -> list[str]:
     """Buffers whose contents a node reads. Weak dependencies only order."""
+    return [d.name for d in _data_dependencies(snode)]
+
+
+def _data_dependencies(snode) -> list:
     from torch._inductor.dependencies import WeakDep
-    return [d.name for d in snode.read_writes.reads if not isinstance(d, WeakDep)]
+    return [d for d in snode.read_writes.reads if not isinstance(d, WeakDep)]
 
 
 def bytes_of(snode) -> int:
     """What a kernel or a call reads and writes. Inductor's own count takes a dependency that only orders for a read of its buffer."""
     from torch.utils._ordered_set import OrderedSet
-    whole, data = snode.read_writes, set(data_reads(snode))
-    snode.read_writes = dataclasses.replace(whole, reads=OrderedSet(d for d in whole.reads if d.name in data))
+    whole = snode.read_writes
+    snode.read_writes = dataclasses.replace(whole, reads=OrderedSet(_data_dependencies(snode)))
     try:
         return snode.get_read_write_buffers_sizes_impl(include_reads=True, include_writes=True)
     finally:
