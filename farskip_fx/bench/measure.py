@@ -134,7 +134,8 @@ class Measurement:
         return forward + backward + self.means + clipping
 
     def replay(self) -> list[float]:
-        return replay(self.flat())
+        """The exchanges alone, each as long as it takes in a step."""
+        return replay(self.flat(), late=LATE_S)
 
     # 3 rates
     def calibrate(self) -> None:
@@ -152,8 +153,7 @@ class Measurement:
                                           floor_s=floor)
             self.set_rate(self.links[ratio].rate)
             wall, busy = time.perf_counter(), time.process_time()
-            # What an exchange takes in a step.
-            seconds = Spread(tuple(tuple(replay(self.flat(), late=LATE_S)) for _ in range(4))).phases()
+            seconds = Spread(tuple(tuple(self.replay()) for _ in range(4))).phases()
             link = link_rates(self.flat(), list(seconds))
             # gloo's threads share the rank's core: a running exchange takes this part of it away from compute.
             share = (time.process_time() - busy) / (time.perf_counter() - wall)
