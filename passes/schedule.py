@@ -1,8 +1,9 @@
 """Step 4: order compute, launches and waits so that collectives run behind compute.
 
 Contract: a post-grad ATen graph with functional collectives in; the same nodes in another order out, and ``Schedule``.
-Nothing is added, removed or recomputed, so the numbers are the same to the last bit. The new order is never worse than
-the old one in the simulation; if nothing better is found, the old order stays. Kept as they were, whatever the costs:
+Nothing is added, removed or recomputed, so the numbers are the same to the last bit. The new order is never slower than
+the old one in the simulation; if nothing better is found, the old order stays. Better is what also bears links that take longer
+than predicted (``simulate.judged``). Kept as they were, whatever the costs:
   - the order of all launches, over all groups (ranks with other size hints must still launch in the same order);
   - communication that we cannot read (c10d, symm_mem, custom ops of unknown namespaces, subgraphs with collectives)
     against every launch and every wait;
@@ -39,7 +40,7 @@ from . import costs
 from ._torch import draws_random, has_effect, writes_memory
 from .costs import Rates, is_launch, is_wait, launch_of
 from .dataflow import storages_of, written_arguments
-from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, free_seconds, lower_bound, run, search, topological
+from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, free_seconds, judged, lower_bound, run, search, topological
 from .timeline import Collective, Drawn, Timeline
 
 COMPUTE_NAMESPACES = frozenset({
@@ -119,10 +120,13 @@ def schedule(graph: Graph, *, rates: Rates, max_memory: int | None = None,
     if links:
         reason = "no faster order found"
         limit = max_memory if max_memory is None else max(max_memory, peak_before)
-        for order in program.faster_orders():
-            result = program.simulate(order)
-            if not result.end < after.end * (1 - _GAIN):
+        judged_before = program.judged(nodes)
+        for order in program.orders():
+            if not program.judged(order) < judged_before * (1 - _GAIN):
                 break
+            result = program.simulate(order)
+            if result.end > before.end:
+                continue
             peak = memory.peak(order)
             if limit is None or peak <= limit:
                 best, after, reason = order, result, ""
@@ -296,6 +300,10 @@ class _Program:
         alone = self._alone(order)
         return run(alone, range(len(alone.seconds)))
 
+    def judged(self, order: Sequence[Node]) -> float:
+        alone = self._alone(order)
+        return judged(alone, alone.slower(), range(len(alone.seconds)))
+
     def _alone(self, order: Sequence[Node]) -> Problem:
         """The nodes as items that need nothing: their order is given."""
         inner = [n for n in order if n in self._position]
@@ -305,11 +313,10 @@ class _Program:
                         link_seconds=[self._links[n] for n in self._number], link_group=list(self._group.values()),
                         **self._lanes)
 
-    def faster_orders(self) -> Iterator[list[Node]]:
-        """Orders of nodes, best first."""
+    def orders(self) -> Iterator[list[Node]]:
+        """Of nodes, best first."""
         incoming = topological(self.items, lambda i: self._position[self._members[i][-1]])
-        for _, order in search(self.items, incoming):
-            yield self._nodes_in(order)
+        yield from map(self._nodes_in, search(self.items, incoming))
 
     def bound(self) -> float:
         return lower_bound(self.items)

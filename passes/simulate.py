@@ -12,19 +12,20 @@ Terms
   tail            longest path from an item to the end, over compute and links
   mirror          the same problem from the end: edges turned round; a wait starts the collective, a launch needs it
 
-Steps of the search
+Steps of the search, for the links as they are given and for slower ones
   1. List schedules: always run the ready item with the longest tail. A rule says how long to idle for a wait that is
      more urgent, rather than start something that would overrun it (*patience*), and whether something shorter may fill
      the gap first.
   2. Backward-forward improvement (Li and Willis 1992; Tormos and Lova 2001): schedule the mirror by decreasing finish
      times, then forward again by increasing start times; repeat while it gets better.
-  3. Local search: let one long item wait for its next turn (behind the next exchange); keep what helps.
+Orders are judged by what they take with both. Costs are predictions, and ranks are late now and then: many orders end within a percent
+of the best one, and some of them only because each collective is awaited just when it should arrive.
 """
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,6 +34,7 @@ _PATIENCE = (0.0, 0.15, 0.4, 1.0, float("inf"))
 _ROUNDS = 4
 _FILLERS = 32          # shorter items looked at for one gap
 _EPSILON = 1e-9
+_SLOWER = 1.5          # a link that an order should bear; measured: predictions are off by a third, ranks late by milliseconds
 
 
 @dataclass(kw_only=True)
@@ -53,6 +55,10 @@ class Problem:
         for item, sources in enumerate(self.before):
             for source in sources:
                 self.after[source].append(item)
+
+    def slower(self) -> Problem:
+        """With links that take longer than predicted."""
+        return replace(self, link_seconds=[_SLOWER * seconds for seconds in self.link_seconds])
 
     def mirror(self) -> Problem:
         """The problem that a reversed order solves. A collective with several waits is started by one of them."""
@@ -242,16 +248,22 @@ def _or_wait(p: Problem, item: int, links: _Links, now: float, ready: list, flyi
 
 
 # --- search ------------------------------------------------------------------------------------------------------
-def search(p: Problem, incoming: Sequence[int]) -> list[tuple[float, list[int]]]:
-    """Good orders and their simulated ends, best first; the incoming one is among them."""
-    found: dict[tuple[int, ...], float] = {tuple(incoming): run(p, incoming).end}
-    mirror = p.mirror()
-    tail = tails(p)
-    for patience in _PATIENCE:
-        for fill in (False, True):
-            order = list_schedule(p, tail, patience=patience, fill=fill)
-            _improve(p, mirror, order, found, patience=patience, fill=fill)
-    return sorted(((end, list(order)) for order, end in found.items()), key=lambda entry: entry[0])
+def search(p: Problem, incoming: Sequence[int]) -> list[list[int]]:
+    """Good orders, best first by ``judged``; the incoming one is among them."""
+    slower = p.slower()
+    found: dict[tuple[int, ...], None] = {tuple(incoming): None}        # in the order in which they were found
+    for problem in (p, slower):
+        mirror, tail = problem.mirror(), tails(problem)
+        for patience in _PATIENCE:
+            for fill in (False, True):
+                order = list_schedule(problem, tail, patience=patience, fill=fill)
+                _improve(problem, mirror, order, found, patience=patience, fill=fill)
+    return sorted(map(list, found), key=lambda order: judged(p, slower, order))
+
+
+def judged(p: Problem, slower: Problem, order: Sequence[int]) -> float:
+    """Smaller is better: seconds with the links as given, plus those with slower ones."""
+    return run(p, order).end + run(slower, order).end
 
 
 def _improve(p: Problem, mirror: Problem, order: list[int], found: dict, *, patience: float, fill: bool) -> None:
@@ -259,14 +271,13 @@ def _improve(p: Problem, mirror: Problem, order: list[int], found: dict, *, pati
     best = float("inf")
     for _ in range(_ROUNDS):
         result = run(p, order)
-        found.setdefault(tuple(order), result.end)
+        found[tuple(order)] = None
         if result.end > best * (1 - _EPSILON):
             return
         best = result.end
         backward = list_schedule(mirror, result.finish, patience=patience, fill=fill)
         right = run(mirror, backward)
-        reverse = backward[::-1]
-        found.setdefault(tuple(reverse), run(p, reverse).end)
+        found[tuple(backward[::-1])] = None
         # Right-justified start times: the mirror's finish, seen from the other end.
         order = list_schedule(p, right.finish, patience=patience, fill=fill)
 

@@ -16,7 +16,7 @@ from compiled import logits_of, run_each
 from farskip_fx.capture import one_graph, way_to_one_graph
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
-CONNECTIVITIES = ("none", "farskip", "attn_only", "mlp_only", "ladder")
+CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 TOLERANCE = 1e-5
 EXACT = "exact"
 YES_NO = {True: "yes", False: "no"}

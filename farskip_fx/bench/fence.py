@@ -24,9 +24,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from ..caches import graph_caches_off
 from ..passes._torch import bytes_of
 from . import emulated
-from .gpu import SMALL, compiled, exchanging, making_code, step
+from .gpu import SMALL, compiled, exchanging, step
 from .spec import Shape
 
 
@@ -37,7 +38,7 @@ def counted(shape: Shape, options: dict, chunks: int) -> dict[str, float]:
     model, ids = exchanging(shape, torch.float32, chunks=chunks, device="cpu")
     call = compiled(model, options)
     metrics.reset()
-    with making_code(), counting_bytes() as counts:
+    with graph_caches_off(), counting_bytes() as counts:
         step(call, model, ids)
     return {"kernels": metrics.generated_kernel_count, "megabytes": sum(counts) / 1e6}
 

@@ -22,14 +22,14 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..caches import graph_caches_off
 from . import emulated
 from .model import build, logits_of, loss_of, reference_logits, relative_difference
 from .spec import Shape
@@ -56,16 +56,6 @@ def exchanging(shape: Shape, dtype: torch.dtype, *, chunks: int = 1, device: str
     model, ids = model_of(shape, device, dtype)
     fs.expert_parallel(model, group, chunks=chunks)
     return model, ids
-
-
-@contextmanager
-def making_code() -> Iterator[None]:
-    """Within it every graph is compiled: one out of a cache has no code to show."""
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
-
-    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
-        yield
 
 
 def compiled(model: nn.Module, options: dict | None) -> Callable:
@@ -145,7 +135,7 @@ def order(options: dict | None, chunks: int) -> list[list[int]]:
 
     model, ids = exchanging(SMALL, torch.float32, chunks=chunks)
     call = compiled(model, options)
-    with making_code():
+    with graph_caches_off():
         _, sources = run_and_get_code(lambda: step(call, model, ids))
     return [found for source in sources if (found := kernels_in_flight(source))]
 

@@ -31,7 +31,7 @@ from .spec import EP, OTHERS
 BENCH = "farskip_fx.cli bench"
 PEERS = "--variants stock transformers_ep two_batches overlapped_eager exact_chunks farskip farskip_chunks"
 CHUNKS = "--variants stock two_batches exact_chunks farskip farskip_chunks"
-FOUR = "--chunks 4 --variants stock two_batches exact_chunks farskip_chunks"
+FOUR = "--chunks 4 --variants stock two_batches exact_chunks farskip_chunks --rounds 16 --budget 200"
 LLAMA4 = f"{BENCH} --mode forward --family llama4 --top-k 1 --layers 8 --tokens 1024"     # as many MoE layers as the others have
 OURS = ("farskip", "farskip_chunks")
 EXACT = ("stock", "inductor_overlap", "transformers_ep", "two_batches", "exact_chunks")
@@ -47,21 +47,21 @@ class Run:
 
 RUNS = (
     Run("forward", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.25 0.5 1.0 2.0 {CHUNKS} --budget 120"),
-    Run("forward_4", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.5 1.0 {FOUR} --budget 60"),
+    Run("forward_4", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.5 1.0 {FOUR}"),
     Run("peers", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 1.0 --variants stock two_batches overlapped_eager "
                              "exact_chunks farskip farskip_chunks --budget 60"),
     Run("skewed", "skewed routing", f"{BENCH} --mode forward --routing skewed --comm-ratio 1.0 {PEERS} --budget 80"),
     Run("tokens_256", "256 tokens", f"{BENCH} --mode forward --tokens 256 --comm-ratio 1.0 {CHUNKS} --budget 30"),
     Run("tokens_4096", "4096 tokens", f"{BENCH} --mode forward --tokens 4096 --layers 2 --comm-ratio 1.0 {CHUNKS} --budget 90"),
     Run("deepseek", "DeepSeek-V2-like", f"{BENCH} --mode forward --family deepseek --comm-ratio 0.5 1.0 {PEERS} --budget 90"),
-    Run("deepseek_4", "DeepSeek-V2-like", f"{BENCH} --mode forward --family deepseek --comm-ratio 0.5 1.0 {FOUR} --budget 90"),
+    Run("deepseek_4", "DeepSeek-V2-like", f"{BENCH} --mode forward --family deepseek --comm-ratio 0.5 1.0 {FOUR}"),
     Run("llama4", "Llama-4-like, 8 layers", f"{LLAMA4} --comm-ratio 1.0 {PEERS} --budget 80"),
-    Run("llama4_4", "Llama-4-like, 8 layers", f"{LLAMA4} --comm-ratio 0.5 1.0 {FOUR} --budget 80"),
+    Run("llama4_4", "Llama-4-like, 8 layers", f"{LLAMA4} --comm-ratio 0.5 1.0 {FOUR}"),
     Run("train", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 1.0 {PEERS} --budget 50"),
     Run("train_ratios", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 0.5 1.0 2.0 "
-                                    "--variants stock farskip farskip_chunks --budget 50"),
+                                    "--variants stock farskip farskip_chunks --rounds 12 --budget 150"),
     Run("train_4", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 0.5 1.0 --chunks 4 "
-                               "--variants stock exact_chunks farskip_chunks --budget 60"),
+                               "--variants stock exact_chunks farskip_chunks --rounds 16 --budget 200"),
     Run("step_dp2", "a step, dp 2 x ep 2", f"{BENCH} --mode step --layers 3 --tokens 1024 --dp 2 --comm-ratio 1.0 "
                                            "--variants stock farskip farskip_chunks --budget 60"),
     Run("growth", "passes over depth", "farskip_fx.bench.growth --layers 4 16 64"),

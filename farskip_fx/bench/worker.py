@@ -57,23 +57,17 @@ def measure_all(spec: Spec, parent: Parent) -> None:
 
 
 def scoped_settings() -> ExitStack:
-    """What all variants are compiled under; as it was afterwards.
-
-    Graph caches are off, so that the figures are of this code and every pass runs. Not by ``force_disable_caches``:
-    that also gives each compile a fresh folder for C++ kernels, which are found by their content and safe to share
-    (measured: builds take twice as long, and the folders are never removed).
-    """
+    """What all variants are compiled under; as it was afterwards. The figures are of this code: no graph comes from a cache."""
     import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-    import torch._inductor.config as inductor
+
+    from ..caches import graph_caches_off
 
     settings = ExitStack()
     settings.enter_context(dynamo.patch(
         recompile_limit=64, accumulated_recompile_limit=1024,    # every variant is one more entry on one code object
         capture_scalar_outputs=True,                             # split sizes are data
         automatic_dynamic_local_pgo=False, automatic_dynamic_remote_pgo=False))
-    settings.enter_context(inductor.patch(fx_graph_cache=False, fx_graph_remote_cache=False))
-    settings.enter_context(functorch.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False))
+    settings.enter_context(graph_caches_off())
     return settings
 
 

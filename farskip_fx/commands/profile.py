@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from ..caches import graph_caches_off
 from ..convert import apply
 from ..diagnose.planned import planned, ranks_for
 from ..diagnose.profiling import Profile, profile
@@ -21,10 +21,7 @@ from .common import add_model, add_place, add_rates, screen
 
 def measure(source: Path, console: Console, *, ep: int, tokens: int, batch: int, training: bool, steps: int, options: dict,
         trace: Path | None) -> None:
-    with ranks_for(ep, real=True), ExitStack() as scoped:
-        # A graph out of a cache has no schedule to compare with.
-        scoped.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
-        scoped.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+    with ranks_for(ep, real=True), graph_caches_off():      # a graph out of a cache has no schedule to compare with
         if torch.cuda.is_available():
             torch.set_default_device(torch.device("cuda", rank()))
         model, inputs = planned(source, tokens=tokens, batch=batch, training=training, ep=ep, weights=True)

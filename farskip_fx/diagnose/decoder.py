@@ -6,9 +6,20 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..convert import decoder_of
+from ..errors import NoMoEError
+
 
 class Reached(BaseException):
     """Unwinds the model's forward once its decoder was called. Not an Exception: models catch those."""
+
+
+def owner_of(model: nn.Module) -> nn.Module:
+    """Whose forward ``apply`` would compile: the decoder, or a model without a list of layers as a whole."""
+    try:
+        return decoder_of(model)
+    except NoMoEError:
+        return model
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from .. import backend, frame
 from ..agreement import collectives_of
 from ..capture import prepare
 from ..config import FarskipConfig
-from ..convert import converted_of, decoder_of, in_one_graph, settings_of
+from ..convert import converted_of, in_one_graph, settings_of
 from ..data_parallel import average_gradients
 from ..errors import FarskipWarning, NoMoEError, RefusedError
 from ..passes._torch import COMPILED_APART, lowered
@@ -38,7 +38,7 @@ from ..passes.reasons import Reason
 from ..passes.schedule import schedule
 from ..report import Folded, Phase, Report, rank
 from ..verify import blocks_of
-from .decoder import Reached, replaced
+from .decoder import Reached, owner_of, replaced
 from .fold import folded, unfold
 
 PHASES = ("forward", "backward")
@@ -85,7 +85,7 @@ def predicted_graphs(model: nn.Module, *args, config: FarskipConfig | Mapping | 
 def _explained(model: nn.Module, args: tuple, inputs: dict, *, config: FarskipConfig | Mapping | None,
                gradients: bool | None, predict: bool, fold: bool) -> tuple[_Tracer, Folded | None]:
     converted = converted_of(model)
-    owner = converted if converted is not None else _owner(model)
+    owner = converted if converted is not None else owner_of(model)
     forward = converted.forward.__wrapped__ if converted is not None else owner.forward
     if gradients is None:
         gradients = model.training and torch.is_grad_enabled()
@@ -112,7 +112,7 @@ def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, causa
         RefusedError: the graph breaks.
         NoMoEError: the call did not reach a decoder.
     """
-    owner, tracer = _owner(model), _Lowerer(causal)
+    owner, tracer = owner_of(model), _Lowerer(causal)
     with (folded(owner) if fold else nullcontext()) as how, _traced(owner, owner.forward, tracer):
         try:
             with torch.set_grad_enabled(gradients):
@@ -121,14 +121,6 @@ def graphs_of(model: nn.Module, *args, gradients: bool, fold: bool = True, causa
             return tracer.report, how
     raise NoMoEError(f"the call did not reach the decoder of {type(model).__name__}: call it as it runs, with input_ids for "
                      "example")
-
-
-def _owner(model: nn.Module) -> nn.Module:
-    """What ``apply`` would compile, and a model without a list of layers as a whole."""
-    try:
-        return decoder_of(model)
-    except NoMoEError:
-        return model
 
 
 class _Traced(Exception):

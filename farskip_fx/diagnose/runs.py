@@ -30,9 +30,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
 from ..backend import plan_of
+from ..caches import graph_caches_off
 from ..capture import prepare
 from ..config import FarskipConfig
-from ..convert import Converted, converted_of, decoder_of, in_one_graph
+from ..convert import Converted, converted_of, in_one_graph
 from ..errors import ConfigError, FarskipError, NoMoEError
 from ..interpret import Direct
 from ..overlap import overlap_patches
@@ -43,7 +44,7 @@ from ..passes.fence import ScheduleBroken
 from ..passes.normalize import normalize
 from ..passes.rewire import readers
 from ..verify import blocks_of, difference_of, tensors_in, tolerance_of
-from .decoder import Reached, layers_of, replaced, shortened
+from .decoder import Reached, layers_of, owner_of, replaced, shortened
 
 SEED = 0
 _OF_GRADIENTS = 1e-4    # the least tolerance: their sums are longer than those of outputs
@@ -133,7 +134,7 @@ class Runs:
                  tolerance: float | None = None, told: Callable[[Trial | Timing], None] | None = None) -> None:
         self.config, self.gradients, self._told = config, gradients, told or (lambda trial: None)
         converted = converted_of(model)
-        self.owner = converted if converted is not None else owner_of(model, config)
+        self.owner = converted if converted is not None else model if config.data_parallel is not None else owner_of(model)
         self.forward = converted.forward.__wrapped__ if converted is not None else self.owner.forward
         self.call = self._called(model, args, inputs)
         self._given_tolerance = tolerance
@@ -309,13 +310,10 @@ class Runs:
 
     @contextmanager
     def _settings(self, stage: Stage, caches: bool | str) -> Iterator[None]:
-        import torch._functorch.config as functorch
         import torch._inductor.config as inductor
         with ExitStack() as scoped:
             if caches is not True:
-                scoped.enter_context(functorch.patch(enable_autograd_cache=False))
-            if not caches:
-                scoped.enter_context(inductor.patch(fx_graph_cache=False))
+                scoped.enter_context(graph_caches_off(inductor=not caches))
             if self._random:        # Inductor's own random numbers are others than those of the oracle
                 scoped.enter_context(inductor.patch(fallback_random=True))
             if stage.schedule_alone:
@@ -398,16 +396,6 @@ def words(names: Sequence[str] | None) -> str:
 
 def counted(layers: int) -> str:
     return f"{layers} decoder layer{'s' if layers != 1 else ''}"
-
-
-def owner_of(model: nn.Module, config: FarskipConfig) -> nn.Module:
-    """What ``apply`` would compile."""
-    if config.data_parallel is not None:
-        return model
-    try:
-        return decoder_of(model)
-    except NoMoEError:
-        return model
 
 
 def largest(number: float) -> float:
