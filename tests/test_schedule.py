@@ -495,8 +495,8 @@ def test_bound_and_search_against_every_order(problem):
 
 def test_of_orders_that_end_alike_the_one_that_bears_a_slower_link():
     """
-    launch, wait, two computations: a needs nothing, b needs the wait, c needs nothing.    a | c | wait | b   ends as   a | wait | c | b
-    by prediction (the collective takes as long as a), but if it takes longer c hides the rest.
+    launch  a  c  wait  b       ends, where the collective takes as long as a, when
+    launch  a  wait  b  c       does; if it takes longer, c hides the rest only in the first
     """
     problem = simulate.Problem(seconds=[0.0, 1.0, 1.0, 0.0, 1.0], role=[simulate.LAUNCH, 0, 0, simulate.WAIT, 0], link=[0, -1, -1, 0, -1],
                                before=[[], [], [], [0], [3]], link_seconds=[1.0], link_group=[0])

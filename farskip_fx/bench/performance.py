@@ -31,7 +31,8 @@ from .spec import EP, OTHERS
 BENCH = "farskip_fx.cli bench"
 PEERS = "--variants stock transformers_ep two_batches overlapped_eager exact_chunks farskip farskip_chunks"
 CHUNKS = "--variants stock two_batches exact_chunks farskip farskip_chunks"
-FOUR = "--chunks 4 --variants stock two_batches exact_chunks farskip_chunks --rounds 16 --budget 200"
+ALL = "--variants stock two_batches overlapped_eager exact_chunks farskip farskip_chunks"
+FOUR = "--chunks 4 --variants stock two_batches exact_chunks farskip_chunks --rounds 16 --budget 150"
 LLAMA4 = f"{BENCH} --mode forward --family llama4 --top-k 1 --layers 8 --tokens 1024"     # as many MoE layers as the others have
 OURS = ("farskip", "farskip_chunks")
 EXACT = ("stock", "inductor_overlap", "transformers_ep", "two_batches", "exact_chunks")
@@ -46,10 +47,8 @@ class Run:
 
 
 RUNS = (
-    Run("forward", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.25 0.5 1.0 2.0 {CHUNKS} --budget 120"),
+    Run("forward", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.25 0.5 1.0 2.0 {ALL} --budget 100"),
     Run("forward_4", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.5 1.0 {FOUR}"),
-    Run("peers", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 1.0 --variants stock two_batches overlapped_eager "
-                             "exact_chunks farskip farskip_chunks --budget 60"),
     Run("skewed", "skewed routing", f"{BENCH} --mode forward --routing skewed --comm-ratio 1.0 {PEERS} --budget 80"),
     Run("tokens_256", "256 tokens", f"{BENCH} --mode forward --tokens 256 --comm-ratio 1.0 {CHUNKS} --budget 30"),
     Run("tokens_4096", "4096 tokens", f"{BENCH} --mode forward --tokens 4096 --layers 2 --comm-ratio 1.0 {CHUNKS} --budget 90"),
@@ -61,7 +60,7 @@ RUNS = (
     Run("train_ratios", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 0.5 1.0 2.0 "
                                     "--variants stock farskip farskip_chunks --rounds 12 --budget 150"),
     Run("train_4", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 0.5 1.0 --chunks 4 "
-                               "--variants stock exact_chunks farskip_chunks --rounds 16 --budget 200"),
+                               "--variants stock exact_chunks farskip_chunks --rounds 16 --budget 150"),
     Run("step_dp2", "a step, dp 2 x ep 2", f"{BENCH} --mode step --layers 3 --tokens 1024 --dp 2 --comm-ratio 1.0 "
                                            "--variants stock farskip farskip_chunks --budget 60"),
     Run("growth", "passes over depth", "farskip_fx.bench.growth --layers 4 16 64"),
@@ -191,10 +190,9 @@ def plot_ratios(results: dict[str, dict], run: str, mode: str, what: str) -> str
 
 def plot_exposed(results: dict[str, dict]) -> str | None:
     """Layer by layer: what exchanges take alone (all of it exposed in stock), and what of it ``farskip`` waits for."""
-    run = next((name for name in ("forward", "peers") if name in results), None)
-    if run is None:
+    if "forward" not in results:
         return None
-    figures = results[run]["found"]["forward"]
+    figures = results["forward"]["found"]["forward"]
     waits = [(int(one["place"].rsplit(" ", 1)[1]), one["predicted_ms"], one["measured_ms"])
              for one in figures["exposed"]["collectives"] if re.search(r" of layer \d+$", one["place"])]
     layers = sorted({layer for layer, *_ in waits})
