@@ -93,10 +93,11 @@ def walk(shape: "Shape", record: "Record", layers: list["Layer"], reads: tuple[s
             A = R  # of several mixers only the first has something in flight in front of it
 
         before_mlp = R
-        outdated = shape.parallel or (k in converted and mlp_reads != "full")
-        contribution = contribute(shape, layer, record, R_before_mixer if outdated else before_mlp)
+        in_the_model = R_before_mixer if shape.parallel else before_mlp
+        outdated = k in converted and mlp_reads != "full"
+        contribution = contribute(shape, layer, record, R_before_mixer if outdated else in_the_model)
         if k in converted and mlp_reads == "routed outdated" and None not in contribution:
-            contribution = contribution._replace(ready=contribute(shape, layer, record, before_mlp).ready)
+            contribution = contribution._replace(ready=contribute(shape, layer, record, in_the_model).ready)
         R = shape.update(layer.mlp, MLP, before_mlp, add_parts(contribution, R.dtype))
     return third_block(shape, record, layers[-1], R, R)[1]
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import farskip_fx as fs
 from farskip_fx.passes._torch import fake_ranks
 
-CONNECTIVITIES = ("none", "farskip", "attn_only", "mlp_only", "ladder")
+CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 
 
 def mesh_of(nodes):

@@ -14,7 +14,7 @@ import farskip_fx as fs
 from compiled import _attempt, _copy
 
 WIDTH, INNER, EXPERTS, TOKENS, BATCH, VOCABULARY = 8, 16, 4, 10, 2, 24
-CONNECTIVITIES = ("none", "farskip", "attn_only", "mlp_only", "ladder")
+CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 IDS = torch.randint(0, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(3))
 
 
@@ -129,14 +129,16 @@ class Decoder(nn.Module):
 
     def define(self, ids, connectivity):
         """The connectivity by its definition, all layers converted: a plain loop."""
-        hide_routed, hide_all = connectivity in ("farskip", "attn_only"), connectivity == "ladder"
-        outdated = connectivity in ("farskip", "mlp_only", "ladder")
+        hide_routed, hide_all = connectivity in ("farskip", "farskip_shared", "attn_only"), connectivity == "ladder"
+        outdated = connectivity in ("farskip", "farskip_shared", "mlp_only", "ladder")
         stream = self.embed(ids)
         without_routed = without_mlp = stream           # the stream as the next attention may see it
         for layer in self.layers:
             seen = without_mlp if hide_all else without_routed if hide_routed else stream
             between = stream + layer.attention(norm(seen))
             routed, shared = layer.mlp.parts(norm(stream if outdated else between))
+            if connectivity == "farskip_shared" and routed is not None and shared is not None:
+                shared = layer.mlp.parts(norm(between))[1]
             rest = between if shared is None else between + shared
             without_mlp, without_routed = between, rest
             stream = rest if routed is None else rest + routed

@@ -1,6 +1,6 @@
 """Property: a random residual program is rewired exactly as the connectivity's definition says, or refused.
 
-CI runs 500 general programs times five connectivities (hypothesis), and each feature by itself. For more:
+CI runs 500 general programs times six connectivities (hypothesis), and each feature by itself. For more:
     python tests/test_programs.py --programs 20000 --workers 2 --seed 0
 prints a table of exact, refused (by reason) and wrong, and a one-line reproducer for each wrong program:
     python tests/test_programs.py --spec "ProgramSpec(...)"

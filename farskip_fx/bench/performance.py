@@ -51,16 +51,16 @@ RUNS = (
     Run("forward_4", "4 layers, 2048 tokens", f"{BENCH} --mode forward --comm-ratio 0.5 1.0 {FOUR}"),
     Run("skewed", "skewed routing", f"{BENCH} --mode forward --routing skewed --comm-ratio 1.0 {PEERS} --budget 80"),
     Run("tokens_256", "256 tokens", f"{BENCH} --mode forward --tokens 256 --comm-ratio 1.0 {CHUNKS} --budget 30"),
-    Run("tokens_4096", "4096 tokens", f"{BENCH} --mode forward --tokens 4096 --layers 2 --comm-ratio 1.0 {CHUNKS} --budget 90"),
+    Run("tokens_4096", "4096 tokens", f"{BENCH} --mode forward --tokens 4096 --layers 2 --comm-ratio 1.0 {CHUNKS} --budget 60"),
     Run("deepseek", "DeepSeek-V2-like", f"{BENCH} --mode forward --family deepseek --comm-ratio 0.5 1.0 {PEERS} --budget 90"),
     Run("deepseek_4", "DeepSeek-V2-like", f"{BENCH} --mode forward --family deepseek --comm-ratio 0.5 1.0 {FOUR}"),
-    Run("llama4", "Llama-4-like, 8 layers", f"{LLAMA4} --comm-ratio 1.0 {PEERS} --budget 80"),
+    Run("llama4", "Llama-4-like, 8 layers", f"{LLAMA4} --comm-ratio 1.0 {ALL} --budget 60"),
     Run("llama4_4", "Llama-4-like, 8 layers", f"{LLAMA4} --comm-ratio 0.5 1.0 {FOUR}"),
     Run("train", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 1.0 {PEERS} --budget 50"),
     Run("train_ratios", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 0.5 1.0 2.0 "
                                     "--variants stock farskip farskip_chunks --rounds 12 --budget 150"),
     Run("train_4", "3 layers, 1024 tokens", f"{BENCH} --mode train --layers 3 --tokens 1024 --comm-ratio 0.5 1.0 --chunks 4 "
-                               "--variants stock exact_chunks farskip_chunks --rounds 16 --budget 150"),
+                               "--variants stock exact_chunks farskip_chunks --budget 60"),
     Run("step_dp2", "a step, dp 2 x ep 2", f"{BENCH} --mode step --layers 3 --tokens 1024 --dp 2 --comm-ratio 1.0 "
                                            "--variants stock farskip farskip_chunks --budget 60"),
     Run("growth", "passes over depth", "farskip_fx.bench.growth --layers 4 16 64"),
@@ -122,7 +122,7 @@ def times(results: dict[str, dict], *modes: str) -> str:
             costs = (fast["stock"], slow["stock"]), (fast[best], slow[best])
             rows.append([what, f"{point['ratio']:g}", *_times(slow, names), *_gains(slow),
                          f"{slow[best] / max(least, point['comm_only_ms']):.2f}x",
-                         *("" if part is None else f"{part:.0%}" for part in (hidden(*costs), hidden(*costs, beyond_reach=ends)))])
+                         *("" if part is None else f"{min(part, 1):.0%}" for part in (hidden(*costs), hidden(*costs, beyond_reach=ends)))])
     return markdown(["run", "ratio", *names, "over stock", "over the best exact", "of max(compute, comm)", "hidden", "of hideable"],
                     rows)
 
