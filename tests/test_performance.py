@@ -60,7 +60,7 @@ def test_tables(folder):
     assert "old" not in text and text.startswith("# Title\n") and text.endswith("\nlast line\n")
     row = next(line for line in text.splitlines() if line.startswith("| 4 layers, 2048 tokens | 1 |"))
     assert row == "| 4 layers, 2048 tokens | 1 | 200 | 140 | **130** | 1.54x | 1.08x | 1.30x | 70% | 88% |"      # 70 of 80 ms
-    assert "| peers | not measured |" in text and "2026-01-02 | 3 | 0.5: 500, 1: 500 |" in text
+    assert "| skewed | not measured |" in text and "2026-01-02 | 3 | 0.5: 500, 1: 500 |" in text
     assert "| 64 | 10 | 20 | 2.0 | 0.10 | 0.10 | 10.0% | 1 |" in text
     assert "](img/speed-up.svg)" in text and "](img/speed-up-training.svg)" not in text     # of what was measured
     assert written(folder, "--only") == text        # again: the same
