@@ -40,7 +40,7 @@ from . import costs
 from ._torch import draws_random, has_effect, writes_memory
 from .costs import Rates, is_launch, is_wait, launch_of
 from .dataflow import storages_of, written_arguments
-from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, free_seconds, judged, lower_bound, run, search, topological
+from .simulate import COMPUTE, LAUNCH, WAIT, Problem, Run, free_seconds, lower_bound, run, search, topological
 from .timeline import Collective, Drawn, Timeline
 
 COMPUTE_NAMESPACES = frozenset({
@@ -120,11 +120,11 @@ def schedule(graph: Graph, *, rates: Rates, max_memory: int | None = None,
     if links:
         reason = "no faster order found"
         limit = max_memory if max_memory is None else max(max_memory, peak_before)
-        judged_before = program.judged(nodes)
+        judged_before = before.end + program.slower_end(nodes)
         for order in program.orders():
-            if not program.judged(order) < judged_before * (1 - _GAIN):
-                break
             result = program.simulate(order)
+            if not result.end + program.slower_end(order) < judged_before * (1 - _GAIN):
+                break
             if result.end > before.end:
                 continue
             peak = memory.peak(order)
@@ -300,9 +300,10 @@ class _Program:
         alone = self._alone(order)
         return run(alone, range(len(alone.seconds)))
 
-    def judged(self, order: Sequence[Node]) -> float:
-        alone = self._alone(order)
-        return judged(alone, alone.slower(), range(len(alone.seconds)))
+    def slower_end(self, order: Sequence[Node]) -> float:
+        """What ``simulate.judged`` adds to the end of ``simulate``."""
+        alone = self._alone(order).slower()
+        return run(alone, range(len(alone.seconds))).end
 
     def _alone(self, order: Sequence[Node]) -> Problem:
         """The nodes as items that need nothing: their order is given."""

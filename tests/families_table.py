@@ -14,9 +14,9 @@ import farskip_fx as fs
 import oracle as reference
 from compiled import logits_of, run_each
 from farskip_fx.capture import one_graph, way_to_one_graph
+from farskip_fx.connectivity import BUILT_IN as CONNECTIVITIES
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
-CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 TOLERANCE = 1e-5
 EXACT = "exact"
 YES_NO = {True: "yes", False: "no"}

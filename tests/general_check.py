@@ -11,6 +11,7 @@ import torch
 
 import farskip_fx as fs
 from farskip_fx import frame
+from farskip_fx.connectivity import BUILT_IN as CONNECTIVITIES
 from general_definition import interpret, layers_of
 from general_draw import may_be_refused, short, simpler
 from general_programs import GeneralProgram, ProgramSpec
@@ -18,7 +19,6 @@ from general_updates import WITH_ENTRY
 from programs import TOKENS, VOCABULARY, Undefined
 from recorder import copy_of, record
 
-CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 TOLERANCE = 1e-5
 READINGS = ("block", "state", "split", "joint")      # see general_definition
 

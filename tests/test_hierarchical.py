@@ -13,9 +13,8 @@ from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 import farskip_fx as fs
+from farskip_fx.connectivity import BUILT_IN as CONNECTIVITIES
 from farskip_fx.passes._torch import fake_ranks
-
-CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 
 
 def mesh_of(nodes):

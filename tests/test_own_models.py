@@ -12,9 +12,9 @@ from torch import nn
 
 import farskip_fx as fs
 from compiled import _attempt, _copy
+from farskip_fx.connectivity import BUILT_IN as CONNECTIVITIES
 
 WIDTH, INNER, EXPERTS, TOKENS, BATCH, VOCABULARY = 8, 16, 4, 10, 2, 24
-CONNECTIVITIES = ("none", "farskip", "farskip_shared", "attn_only", "mlp_only", "ladder")
 IDS = torch.randint(0, VOCABULARY, (BATCH, TOKENS), generator=torch.Generator().manual_seed(3))
 
 

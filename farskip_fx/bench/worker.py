@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from ..caches import graph_caches_off
 from .parent import Parent, settle
 from .spec import Spec
 
@@ -59,8 +60,6 @@ def measure_all(spec: Spec, parent: Parent) -> None:
 def scoped_settings() -> ExitStack:
     """What all variants are compiled under; as it was afterwards. The figures are of this code: no graph comes from a cache."""
     import torch._dynamo.config as dynamo
-
-    from ..caches import graph_caches_off
 
     settings = ExitStack()
     settings.enter_context(dynamo.patch(
